@@ -1,0 +1,1 @@
+"""Pure algorithms: advantages, aggregation, losses, samples from groups."""

@@ -1,0 +1,1 @@
+"""The nouns, the ports, the configuration, the errors and the world outside."""

@@ -1,0 +1,1 @@
+"""Adapters behind the rollout and training ports."""

@@ -1,0 +1,1 @@
+"""Virtual time: the real loop, simulated."""

@@ -1,0 +1,1 @@
+"""Complete runs, each a short readable file."""

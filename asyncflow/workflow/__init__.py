@@ -1,0 +1,1 @@
+"""The main loop and what surrounds it: stages, evaluation, checkpoint and resume."""
