@@ -1,0 +1,183 @@
+"""Small language models built from a configuration, so that a laptop needs no download.
+
+A model is a folder that `AutoModelForCausalLM.from_pretrained` and
+`AutoTokenizer.from_pretrained` load: weights in safetensors, configuration, tokenizer.
+Equal arguments give equal weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol, cast
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
+from transformers.utils import logging as hf_logging
+
+from asyncflow.core.errors import ConfigError
+
+END = "<eos>"
+"""The token that ends a completion, in the models built here."""
+
+PAD = "<pad>"
+"""Fills batches of the fallback path and of other programs; never sampled by a trained policy."""
+
+
+class TextTokenizer(Protocol):
+    """The part of a Hugging Face tokenizer that asyncflow uses."""
+
+    @property
+    def eos_token_id(self) -> int:
+        """The token that ends a completion."""
+        ...
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+        ...
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of token ids."""
+        ...
+
+    def __len__(self) -> int:
+        """Size of the vocabulary, added tokens included."""
+        ...
+
+
+def build_character_model(
+    folder: Path,
+    *,
+    alphabet: str,
+    layers: int,
+    width: int,
+    heads: int,
+    intermediate: int,
+    max_len: int,
+    seed: int,
+    tie_embeddings: bool = False,
+) -> None:
+    """Write a Llama with one token per character of `alphabet`, then `<eos>` and `<pad>`.
+
+    Token i is `alphabet[i]`. Encoding a character outside the alphabet raises; nothing is
+    dropped silently.
+    """
+    vocabulary = {token: index for index, token in enumerate([*alphabet, END, PAD])}
+    if len(vocabulary) != len(alphabet) + 2:
+        raise ConfigError(f"the alphabet {alphabet!r} names a character twice")
+    tokenizer = Tokenizer(models.WordLevel(vocabulary))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=width,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=max_len,
+        tie_word_embeddings=tie_embeddings,
+        bos_token_id=None,
+        eos_token_id=vocabulary[END],
+        pad_token_id=vocabulary[PAD],
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    with progress_bars_hidden():
+        model.save_pretrained(folder)
+    _wrap(tokenizer, max_len).save_pretrained(folder)
+
+
+def build_text_model(
+    folder: Path,
+    *,
+    corpus: Iterable[str],
+    vocab_size: int,
+    layers: int,
+    width: int,
+    heads: int,
+    kv_heads: int,
+    intermediate: int,
+    max_len: int,
+    seed: int,
+) -> None:
+    """Write a Qwen2 with tied embeddings and a byte-level BPE tokenizer trained on `corpus`.
+
+    The tokenizer splits text as Qwen2's does (every digit is a token) and can encode any
+    text; decoding gives its NFC form. It has `vocab_size` tokens, or fewer when the corpus has
+    no more merges to give; the model is made to its size.
+    """
+    if vocab_size < 258:
+        raise ConfigError(f"vocab_size is {vocab_size}; a byte-level tokenizer has 256 bytes, {END} and {PAD}: 258")
+    blank = Qwen2Tokenizer(unk_token=END, eos_token=END, pad_token=PAD, model_max_length=max_len)
+    tokenizer = blank.train_new_from_iterator(corpus, vocab_size, show_progress=False)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=max_len,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(config)
+    with progress_bars_hidden():
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load_tokenizer(name: str) -> TextTokenizer:
+    """The tokenizer of a model folder or hub name. Raises `ConfigError` where there is none to use."""
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ConfigError(f"{name} is a folder but not a model: it has no config.json")
+    if not folder.is_dir() and (folder.is_absolute() or name.startswith((".", "~"))):
+        raise ConfigError(f"{name} does not exist: expected the folder of a model")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)  # type: ignore[no-untyped-call, unused-ignore]
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{name} is neither the folder nor the hub name of a model with a tokenizer: {error}"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"the tokenizer of {name} has no end token, so no completion could ever end")
+    return cast(TextTokenizer, tokenizer)
+
+
+@contextmanager
+def progress_bars_hidden() -> Iterator[None]:
+    """Keep transformers' progress bars out of the terminal, which belongs to the run's own lines."""
+    were_enabled = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_enabled:
+            hf_logging.enable_progress_bar()
+
+
+def _wrap(tokenizer: Tokenizer, max_len: int) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=PAD,
+        model_max_length=max_len,
+        clean_up_tokenization_spaces=False,
+    )
