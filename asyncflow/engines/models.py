@@ -151,7 +151,7 @@ def load_tokenizer(name: str) -> TextTokenizer:
     if not folder.is_dir() and (folder.is_absolute() or name.startswith((".", "~"))):
         raise ConfigError(f"{name} does not exist: expected the folder of a model")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)  # type: ignore[no-untyped-call, unused-ignore]
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{name} is neither the folder nor the hub name of a model with a tokenizer: {error}"
@@ -174,7 +174,7 @@ def progress_bars_hidden() -> Iterator[None]:
 
 
 def _wrap(tokenizer: Tokenizer, max_len: int) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END,
         pad_token=PAD,
