@@ -1,0 +1,131 @@
+"""Grade-school maths (GSM8K), with a real model or a small one built on the spot.
+
+`data` is a folder with `train.jsonl` and `test.jsonl` (columns `question` and `answer`, the
+final number after `####`), or the name of a data set of the hub with these columns. The
+reward is 1 when the completion ends in the right number (`asyncflow.recipes.answers`).
+
+`model=tiny` (the default) trains a byte-level tokenizer on the data, builds a Qwen2 of 5
+million parameters and warms it up on the reference answers: it shows that the whole path
+works, and solves hardly any problem. A real model is the folder or hub name of one; the
+settings of `examples/gsm8k_qwen.toml` suit it::
+
+    asyncflow run examples/gsm8k_qwen.toml data=FOLDER
+
+Source: Cobbe et al., Training Verifiers to Solve Math Word Problems, arXiv 2110.14168.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from asyncflow.core.config import (
+    AlgorithmConfig,
+    EvaluateConfig,
+    RolloutConfig,
+    RunConfig,
+    SamplingConfig,
+    TrainConfig,
+    WarmupConfig,
+)
+from asyncflow.core.errors import ConfigError
+from asyncflow.core.types import Demonstration, Prompt
+from asyncflow.core.world import derive_seed
+from asyncflow.data.prompts import read_prompts
+from asyncflow.recipes.answers import final_number, is_right, without_annotations
+from asyncflow.recipes.recipe import Task
+
+SIZES = ("tiny",)
+TINY_TEMPLATE = "Question: {text}\nAnswer:\n"
+TEMPLATE = "{text}\n\nReason step by step. End with a line that holds #### and the final number."
+SOLUTION = "solution"
+"""The field of a prompt that keeps the reference answer as a text to imitate."""
+
+FROM_SCRATCH_LEARNING_RATE = 1e-3
+"""A warm-up at this rate makes a new model and ruins a trained one."""
+
+
+def defaults() -> RunConfig:
+    """The settings for `model=tiny`."""
+    return RunConfig(
+        recipe="gsm8k",
+        model="tiny",
+        data="openai/gsm8k",
+        steps=100,
+        max_staleness=1,
+        groups_per_step=16,
+        group_size=8,
+        sampling=SamplingConfig(temperature=1.0, max_tokens=256),
+        rollout=RolloutConfig(max_running=128),
+        train=TrainConfig(learning_rate=1e-4, micro_batch_tokens=8_192),
+        algorithm=AlgorithmConfig(clip_low=0.2, clip_high=0.28),
+        warmup=WarmupConfig(steps=300, batch_size=32, learning_rate=FROM_SCRATCH_LEARNING_RATE),
+        evaluate=EvaluateConfig(every=10, num_prompts=128, final_num_prompts=1_024),
+    )
+
+
+def task(config: RunConfig) -> Task:
+    """Problems, reward and model for this configuration."""
+    is_built = config.model in SIZES
+    if not is_built:
+        _check_warmup(config)
+    template = TINY_TEMPLATE if is_built else TEMPLATE
+    train = _problems(config.data, "train", template)
+    return Task(
+        train=train,
+        held_out=_problems(config.data, "test", template),
+        reward=reward,
+        model=lambda folder: _build_model(config, train, folder) if is_built else config.model,
+        demonstrations=[Demonstration(prompt=prompt, completion=prompt.fields[SOLUTION]) for prompt in train],
+    )
+
+
+def reward(prompt: Prompt, completion: str) -> float:
+    """1 when the completion ends in the reference's number, else 0."""
+    return float(is_right(completion, prompt.answer))
+
+
+def _check_warmup(config: RunConfig) -> None:
+    if config.warmup.steps and config.warmup.learning_rate >= FROM_SCRATCH_LEARNING_RATE:
+        raise ConfigError(
+            f"model={config.model} is trained already, and a warm-up of {config.warmup.steps} steps at "
+            f"learning rate {config.warmup.learning_rate:g} would ruin it: give warmup.steps=0, or a smaller "
+            "warmup.learning_rate; examples/gsm8k_qwen.toml has settings that suit a real model"
+        )
+
+
+def _problems(source: str, split: str, template: str) -> list[Prompt]:
+    """The prompts of a split, each with its reference number and its solution to imitate."""
+    if not source:
+        raise ConfigError("gsm8k needs data: data=FOLDER with train.jsonl and test.jsonl, or data=openai/gsm8k")
+    subset = "main" if source == "openai/gsm8k" else ""
+    prompts = read_prompts(source, text="question", split=split, subset=subset, template=template)
+    for prompt in prompts:
+        if final_number(prompt.answer) is None:
+            raise ConfigError(f"{source}, {split}, {prompt.id}: the answer ends in no number: {prompt.answer[-80:]!r}")
+    return [_with_solution(prompt) for prompt in prompts]
+
+
+def _with_solution(prompt: Prompt) -> Prompt:
+    solution = without_annotations(prompt.answer)
+    number = solution.rpartition("####")[2].strip()
+    return replace(prompt, answer=number, fields={**prompt.fields, SOLUTION: solution})
+
+
+def _build_model(config: RunConfig, train: list[Prompt], folder: Path) -> str:
+    """A Qwen2 of 5 million parameters, with a tokenizer trained on the problems."""
+    from asyncflow.engines.models import build_text_model  # here, so that the problems need no torch
+
+    build_text_model(
+        folder,
+        corpus=(prompt.text + prompt.fields[SOLUTION] for prompt in train),
+        vocab_size=4_096,
+        layers=6,
+        width=256,
+        heads=4,
+        kv_heads=2,
+        intermediate=704,
+        max_len=1_024,
+        seed=derive_seed(config.seed, "model") % 2**31,
+    )
+    return str(folder)
