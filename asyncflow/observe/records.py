@@ -1,0 +1,79 @@
+"""What a run wrote about itself, read back from its folder, live or afterwards.
+
+A resumed run repeats the steps since its checkpoint, so a step may come twice: the later
+line is the one that counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from asyncflow.core.world import Disk, RealDisk
+from asyncflow.observe.json_lines import read_json_lines
+
+METRICS_FILE = "metrics.jsonl"
+SPANS_FILE = "spans.jsonl"
+ROLLOUTS_FOLDER = "rollouts"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """A line of `metrics.jsonl`. `at` is the wall clock in ISO format, UTC."""
+
+    kind: str
+    at: str
+    values: dict[str, float | int | str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """`role` was busy with `name` between two times of the loop's clock, in seconds."""
+
+    role: str
+    name: str
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """A line of `rollouts/`: one trajectory. `versions` holds pairs (optimizer step, tokens sampled by it)."""
+
+    ticket: int
+    sibling: int
+    prompt_id: str
+    prompt: str
+    completion: str
+    answer: str
+    reward: float | None
+    finish_reason: str
+    num_turns: int
+    num_tokens: int
+    versions: list[tuple[int, int]]
+
+
+def read_metrics(folder: Path, disk: Disk | None = None) -> list[Metric]:
+    """All records of a run in their order."""
+    metrics = []
+    for line in read_json_lines(folder / METRICS_FILE, disk or RealDisk()):
+        numbers = {name: value for name, value in line.items() if isinstance(value, float | int | str)}
+        kind, at = str(numbers.pop("kind", "")), str(numbers.pop("at", ""))
+        metrics.append(Metric(kind=kind, at=at, values=numbers))
+    return metrics
+
+
+def read_spans(folder: Path, disk: Disk | None = None) -> list[Span]:
+    """All spans of a run in the order in which they ended."""
+    return [msgspec.convert(line, Span) for line in read_json_lines(folder / SPANS_FILE, disk or RealDisk())]
+
+
+def read_rollouts(folder: Path, disk: Disk | None = None) -> list[Rollout]:
+    """All trajectories that were kept, by ticket ranges."""
+    return [
+        msgspec.convert(line, Rollout)
+        for file in sorted((folder / ROLLOUTS_FOLDER).glob("*.jsonl"))
+        for line in read_json_lines(file, disk or RealDisk())
+    ]
