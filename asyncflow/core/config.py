@@ -67,7 +67,7 @@ class AlgorithmConfig(Section):
     clip_low: float = Field(0.2, ge=0, lt=1, description="the ratio is clipped below 1 - clip_low")
     clip_high: float = Field(0.28, ge=0, description="the ratio is clipped above 1 + clip_high")
     max_weight: float = Field(2.0, gt=0, description="cap of importance weights (decoupled and truncated)")
-    kl_coef: float = Field(0.0, ge=0, description="weight of the KL penalty to the starting policy; 0 needs no reference")
+    kl_coef: float = Field(0.0, ge=0, description="weight of the KL penalty to the starting policy")
     drop_no_signal: bool = Field(False, description="drop groups whose rewards are all equal and sample others instead")
 
 
@@ -106,7 +106,7 @@ class RunConfig(Section):
     data: str = Field("", description="a file, a folder or a hub name, where the recipe needs data")
     steps: int = Field(40, ge=0, description="optimizer steps of reinforcement learning")
     max_staleness: int = Field(1, ge=0, description="versions a token may be old when trained on; 0 is synchronous")
-    look_ahead: int = Field(1, ge=1, description="groups within which younger ones may overtake a slow one; 1 is strict")
+    look_ahead: int = Field(1, ge=1, description="groups within which young ones may overtake a slow one; 1 is strict")
     groups_per_step: int = Field(32, ge=1, description="prompts in an optimizer step")
     group_size: int = Field(8, ge=1, description="rollouts of each prompt")
 

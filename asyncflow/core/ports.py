@@ -55,6 +55,31 @@ class RolloutEngine(Protocol):
         ...
 
 
+class Renderer(Protocol):
+    """Turns what an agent says to the policy into tokens, and what the policy says into text."""
+
+    def prompt_ids(self, text: str) -> IntArray:
+        """The tokens with which a conversation begins, up to where the policy writes."""
+        ...
+
+    def next_ids(self, text: str) -> IntArray:
+        """The tokens of a later message, from the policy's end token to where it writes again."""
+        ...
+
+    def completion_ids(self, text: str) -> IntArray:
+        """The tokens the policy would have to sample to say this, its end token included."""
+        ...
+
+    def text(self, token_ids: IntArray) -> str:
+        """What the policy said, without special tokens."""
+        ...
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end the policy's turn."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossInputs(Generic[TensorT]):
     """What a loss sees of a packed micro-batch, token by token.

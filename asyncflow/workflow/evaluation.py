@@ -1,0 +1,76 @@
+"""Evaluation: how well the served policy answers prompts it is never trained on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from asyncflow.core.causes import first_cause
+from asyncflow.core.errors import RolloutError
+from asyncflow.core.types import Prompt, Trajectory
+from asyncflow.rollout.groups import RolloutParts, roll_out_one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Results over `num_prompts` prompts with `samples` answers each.
+
+    An answer is right when its reward is at least 1. `accuracy` is the share of right
+    answers, `pass_at_k` the share of prompts with at least one, `stderr` the standard error
+    of the accuracy over prompts, `length` the mean number of sampled tokens.
+    """
+
+    num_prompts: int
+    samples: int
+    accuracy: float
+    pass_at_k: float
+    stderr: float
+    reward: float
+    length: float
+    num_failed: int
+
+
+async def evaluate(prompts: Sequence[Prompt], parts: RolloutParts, *, name: str, samples: int = 1) -> Evaluation:
+    """Answer every prompt `samples` times, all at once. A rollout that fails counts as a wrong answer.
+
+    `name` seeds the sampling: equal names, weights and prompts give equal results.
+    """
+    try:
+        async with asyncio.TaskGroup() as answers:
+            tasks = [
+                [
+                    answers.create_task(_answer(prompt, parts, name, k), name=f"{name} {prompt.id}.{k}")
+                    for k in range(samples)
+                ]
+                for prompt in prompts
+            ]
+    except BaseExceptionGroup as group:
+        raise first_cause(group) from group
+    return _summary([[task.result() for task in row] for row in tasks])
+
+
+async def _answer(prompt: Prompt, parts: RolloutParts, name: str, k: int) -> Trajectory | None:
+    try:
+        return await roll_out_one(prompt, parts, session=f"{name}.{prompt.id}.{k}", seed_keys=(name, prompt.id, k))
+    except RolloutError:
+        return None
+
+
+def _summary(answers: list[list[Trajectory | None]]) -> Evaluation:
+    right = np.array([[answer is not None and answer.reward >= 1.0 for answer in row] for row in answers])
+    done = [answer for row in answers for answer in row if answer is not None]
+    num_prompts, samples = right.shape
+    per_prompt = right.mean(axis=1)
+    return Evaluation(
+        num_prompts=num_prompts,
+        samples=samples,
+        accuracy=float(right.mean()),
+        pass_at_k=float(right.any(axis=1).mean()),
+        stderr=float(per_prompt.std(ddof=1) / np.sqrt(num_prompts)) if num_prompts > 1 else 0.0,
+        reward=float(sum(answer.reward for answer in done) / right.size),
+        length=float(np.mean([answer.loss_mask.sum() for answer in done])) if done else 0.0,
+        num_failed=int(right.size - len(done)),
+    )

@@ -1,0 +1,67 @@
+"""Health: a run says itself that it is collapsing, and which setting to change.
+
+The thresholds come from runs of the quickstart that collapsed (`LOG.md`): in them the
+reward fell by more than a third from its best, with entropy near zero or importance ratios
+far from 1, within a few steps.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+RECENT = 5
+
+
+@dataclass(slots=True)
+class Health:
+    """Reads step records and answers with what is wrong, each thing once until it recovers."""
+
+    max_staleness: int
+    best_reward: float = 0.0
+    first_entropy: float = 0.0
+    rewards: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+    said: set[str] = field(default_factory=set)
+
+    def check(self, record: Mapping[str, float | int | str]) -> list[str]:
+        """New warnings after this step, as sentences."""
+        values = {name: float(value) for name, value in record.items() if not isinstance(value, str)}
+        self.rewards.append(values.get("reward", 0.0))
+        mean = sum(self.rewards) / len(self.rewards)
+        if len(self.rewards) == RECENT:
+            self.best_reward = max(self.best_reward, mean)
+        self.first_entropy = self.first_entropy or values.get("entropy", 0.0)
+        found = dict(self._problems(values, mean))
+        new = [text for name, text in found.items() if name not in self.said]
+        self.said = set(found)
+        return new
+
+    def _problems(self, values: Mapping[str, float], mean_reward: float) -> Iterator[tuple[str, str]]:
+        if self.best_reward > 0.1 and mean_reward < 0.66 * self.best_reward:
+            yield (
+                "reward",
+                f"the reward fell from {self.best_reward:.2f} to {mean_reward:.2f}: the policy is collapsing. "
+                "Go back to a checkpoint (asyncflow resume) with a lower train.learning_rate"
+                + (", or a lower max_staleness" if self.max_staleness > 1 else ""),
+            )
+        if self.first_entropy > 0 and values.get("entropy", self.first_entropy) < 0.02 * self.first_entropy:
+            yield (
+                "entropy",
+                f"entropy is {values['entropy']:.4f}, it began at {self.first_entropy:.3f}: the policy hardly explores "
+                "any more. Raise algorithm.clip_high, or stop here if the accuracy is what you want",
+            )
+        ratio = values.get("ratio", 1.0)
+        if not 0.67 < ratio < 1.5:
+            yield (
+                "ratio",
+                f"the mean importance ratio is {ratio:.2f}: sampler and trainer disagree about the same tokens. "
+                "Lower train.learning_rate or max_staleness; at max_staleness=0 it must be 1",
+            )
+        size = values.get("effective_sample_size", 1.0)
+        if size < 0.3:
+            yield (
+                "effective_sample_size",
+                f"stale tokens leave an effective sample size of {size:.0%} of the batch. Lower max_staleness "
+                "or train.learning_rate, or set algorithm.correction=ppo",
+            )

@@ -1,0 +1,173 @@
+"""Reinforcement learning: the loop's parts, put together from a configuration and engines.
+
+The engines may be real or scripted: a run, a simulation and a fault test differ in nothing
+but what is handed in here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Generic
+
+from asyncflow.algo.algorithms import Algorithm
+from asyncflow.algo.samples import to_columns
+from asyncflow.core.columns import REWARD, TOKEN_IDS
+from asyncflow.core.config import RunConfig
+from asyncflow.core.ports import Renderer, RolloutEngine, TensorT, TrainEngine
+from asyncflow.core.types import PolicyVersion, Prompt, Ragged, SamplingParams, StepReport, Ticket
+from asyncflow.core.world import World
+from asyncflow.data.gate import Gate
+from asyncflow.data.ledger import LedgerSnapshot, QueueTask
+from asyncflow.data.queue import TransferQueue
+from asyncflow.rollout.chat import Agent
+from asyncflow.rollout.groups import RolloutParts, prompt_order, roll_out_group
+from asyncflow.workflow.evaluation import Evaluation, evaluate
+from asyncflow.workflow.failures import FailureBudget
+from asyncflow.workflow.health import Health
+from asyncflow.workflow.loop import TRAIN, LoopConfig, LoopParts, run
+from asyncflow.workflow.meter import Meter
+from asyncflow.workflow.stages import ADVANTAGES, REFERENCE, advantage_stage, reference_stage
+from asyncflow.workflow.totals import StepTotals
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup(Generic[TensorT]):
+    """What a run is made of. `reference` is needed where there is a KL penalty.
+
+    `save` keeps a checkpoint of the step just made, with the ledger as it stands.
+    """
+
+    world: World
+    trainer: TrainEngine[TensorT]
+    rollout: RolloutEngine
+    renderer: Renderer
+    agent: Agent
+    algorithm: Algorithm[TensorT]
+    prompts: Sequence[Prompt]
+    held_out: Sequence[Prompt]
+    meter: Meter
+    save: Callable[[int, LedgerSnapshot], Awaitable[None]]
+    reference: TrainEngine[TensorT] | None = None
+
+
+async def reinforce(config: RunConfig, setup: Setup[TensorT], snapshot: LedgerSnapshot | None = None) -> TransferQueue:
+    """Run the main loop to `config.steps`, from where `snapshot` left off. Returns its queue, for the accounts."""
+    queue = make_queue(config, setup, snapshot)
+    meter = setup.meter
+    meter.begin(steps=config.steps, now_s=setup.world.now_s())
+    health = Health(config.max_staleness)
+    failures = FailureBudget(config.rollout.max_failures, tell=lambda text: meter.record("health", {"message": text}))
+    parts = rollout_parts(config, setup)
+    prompt_of = prompt_order(setup.prompts, setup.world)
+
+    async def roll_out(ticket: Ticket) -> Mapping[str, Ragged]:
+        group = await roll_out_group(ticket, prompt_of(ticket), config.group_size, parts)
+        meter.group(group)
+        return to_columns(group)
+
+    async def publish() -> PolicyVersion:
+        return await setup.rollout.load_weights(await setup.trainer.export_weights())
+
+    async def after_publish(version: PolicyVersion) -> None:
+        if is_evaluated(config, version.step):
+            await measure(config, setup, version)
+
+    async def after_step(report: StepReport, totals: StepTotals) -> None:
+        record = meter.step(report, totals, queue.counts(), queue.num_groups_held, setup.world.now_s())
+        meter.record("step", record)
+        for message in health.check(record):
+            meter.record("health", {"message": message, "step": report.version.step})
+        if is_saved(config, report.version.step):
+            await setup.save(report.version.step, queue.snapshot())
+
+    loop = LoopConfig(
+        steps=config.steps,
+        groups_per_step=config.groups_per_step,
+        concurrent_groups=(1 + config.max_staleness) * config.groups_per_step,
+        micro_batch_tokens=config.train.micro_batch_tokens,
+    )
+    await run(
+        loop,
+        LoopParts(
+            queue=queue,
+            trainer=setup.trainer,
+            loss=setup.algorithm.loss,
+            roll_out=roll_out,
+            publish=publish,
+            after_publish=after_publish,
+            after_step=after_step,
+            failures=failures,
+            stages=make_stages(config, setup, queue),
+        ),
+    )
+    return queue
+
+
+def make_queue(config: RunConfig, setup: Setup[TensorT], snapshot: LedgerSnapshot | None) -> TransferQueue:
+    """The transfer queue with the tasks that this configuration needs."""
+    tasks = [
+        QueueTask(name=TRAIN, needs=(*setup.algorithm.columns, REWARD), trains=True),
+        QueueTask(name=ADVANTAGES, needs=(REWARD,)),
+    ]
+    if setup.reference is not None:
+        tasks.append(QueueTask(name=REFERENCE, needs=(TOKEN_IDS,)))
+    gate = Gate(
+        groups_per_step=config.groups_per_step,
+        max_staleness=config.max_staleness,
+        steps=config.steps,
+        look_ahead=config.look_ahead,
+    )
+    return TransferQueue(tasks, gate, snapshot=snapshot)
+
+
+def make_stages(config: RunConfig, setup: Setup[TensorT], queue: TransferQueue) -> list[Callable[[], Awaitable[None]]]:
+    """The stages between rollout and training."""
+    advantages = partial(
+        advantage_stage, queue, setup.algorithm.advantages, drop_no_signal=config.algorithm.drop_no_signal
+    )
+    if setup.reference is None:
+        return [advantages]
+    return [advantages, partial(reference_stage, queue, setup.reference, max_tokens=config.train.micro_batch_tokens)]
+
+
+def rollout_parts(config: RunConfig, setup: Setup[TensorT]) -> RolloutParts:
+    """What training rollouts share."""
+    return RolloutParts(
+        engine=setup.rollout,
+        renderer=setup.renderer,
+        agent=setup.agent,
+        params=SamplingParams(
+            max_tokens=config.sampling.max_tokens,
+            temperature=config.sampling.temperature,
+            top_p=config.sampling.top_p,
+            top_k=config.sampling.top_k,
+            stop_token_ids=setup.renderer.stop_token_ids,
+        ),
+        time_limit_s=config.rollout.time_limit_s,
+        world=setup.world,
+    )
+
+
+async def measure(config: RunConfig, setup: Setup[TensorT], version: PolicyVersion) -> Evaluation:
+    """Evaluate the served weights on held-out prompts and record the result."""
+    at_an_end = version.step in (0, config.steps)
+    wanted = config.evaluate.final_num_prompts if at_an_end else config.evaluate.num_prompts
+    parts = rollout_parts(config, setup)
+    params = replace(parts.params, temperature=config.evaluate.temperature, top_p=1.0, top_k=0)
+    result = await evaluate(setup.held_out[:wanted], replace(parts, params=params), name=f"evaluation {version.step}")
+    setup.meter.record("evaluation", {"step": version.step, **asdict(result)})
+    return result
+
+
+def is_evaluated(config: RunConfig, step: int) -> bool:
+    """Whether the weights after `step` steps are evaluated: the first, the last, and some between."""
+    every = config.evaluate.every
+    return step in (0, config.steps) or (every > 0 and step % every == 0)
+
+
+def is_saved(config: RunConfig, step: int) -> bool:
+    """Whether there is a checkpoint after `step` steps: the last, and some before."""
+    every = config.checkpoint.every
+    return step == config.steps or (every > 0 and step % every == 0)

@@ -1,0 +1,62 @@
+"""Stages: tasks between rollout and training that take groups and write a column back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from asyncflow.algo.algorithms import Advantages
+from asyncflow.core.columns import ADVANTAGE, REF_LOGPROBS, REWARD
+from asyncflow.core.ports import TensorT, TrainEngine
+from asyncflow.core.types import MicroBatch, Ragged, Ticket
+from asyncflow.data.queue import TransferQueue
+
+ADVANTAGES = "advantages"
+"""The queue's task that turns the rewards of a group into advantages."""
+
+REFERENCE = "reference"
+"""The queue's task that scores tokens under the reference policy."""
+
+NO_SIGNAL = "no signal"
+"""Why a group is dropped whose rewards are all equal."""
+
+
+async def advantage_stage(queue: TransferQueue, advantages: Advantages, *, drop_no_signal: bool) -> None:
+    """Write the advantage of every group, for ever; or drop groups whose rewards are all equal."""
+    lease = queue.lease(ADVANTAGES)
+    while True:
+        batch = await queue.take(lease, max_groups=1024)
+        for ticket, group in split_groups(batch):
+            rewards = group[REWARD].astype(np.float32)
+            if drop_no_signal and np.ptp(rewards) == 0:
+                queue.drop(ticket, reason=NO_SIGNAL)
+            else:
+                values = advantages(rewards).astype(np.float32)
+                queue.write(group, ADVANTAGE, Ragged(values=values, lengths=np.ones(len(values), np.int32)))
+        queue.acknowledge(lease)
+
+
+async def reference_stage(queue: TransferQueue, reference: TrainEngine[TensorT], *, max_tokens: int) -> None:
+    """Write `ref_logprobs` for every group, for ever."""
+    lease = queue.lease(REFERENCE)
+    while True:
+        async for batch in queue.stream(lease, groups=1, max_tokens=max_tokens):
+            values = await reference.logprobs(batch)
+            queue.write(batch, REF_LOGPROBS, Ragged(values=values, lengths=batch.lengths))
+        queue.acknowledge(lease)
+
+
+def split_groups(batch: MicroBatch) -> Iterator[tuple[Ticket, MicroBatch]]:
+    """The groups of a batch that `take` gave: their rows stand together."""
+    tickets = np.array([row.ticket for row in batch.rows])
+    columns = {name: column.rows() for name, column in batch.columns.items()}
+    for ticket in dict.fromkeys(tickets.tolist()):
+        places = np.flatnonzero(tickets == ticket).tolist()
+        yield (
+            Ticket(ticket),
+            MicroBatch(
+                rows=tuple(batch.rows[place] for place in places),
+                columns={name: Ragged.stack([rows[place] for place in places]) for name, rows in columns.items()},
+            ),
+        )
