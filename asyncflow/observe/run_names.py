@@ -14,10 +14,10 @@ ADJECTIVES = (
 )
 ANIMALS = (
     "adder ant badger bat bear beaver bee bison boar camel cat cod crab crane crow deer dingo dove duck eagle eel "
-    "egret elk emu falcon ferret finch fox frog gecko gnu goat goose gull hare hawk heron horse ibex ibis jackal jay kestrel "
-    "kiwi koala lark lemur lion lizard llama loon lynx marten mole moose moth newt ocelot orca otter owl panda pigeon "
-    "pike puffin puma quail rabbit raven robin salmon seal shrew skua sloth snail stork swan tapir tern tiger toad "
-    "trout vole walrus wasp weasel whale wolf wombat wren yak zebra"
+    "egret elk emu falcon ferret finch fox frog gecko gnu goat goose gull hare hawk heron horse ibex ibis jackal jay "
+    "kestrel kiwi koala lark lemur lion lizard llama loon lynx marten mole moose moth newt ocelot orca otter owl panda "
+    "pigeon pike puffin puma quail rabbit raven robin salmon seal shrew skua sloth snail stork swan tapir tern tiger "
+    "toad trout vole walrus wasp weasel whale wolf wombat wren yak zebra"
 )
 
 

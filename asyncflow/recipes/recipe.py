@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import traceback
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,9 +18,7 @@ from asyncflow.core.errors import AsyncFlowError, ConfigError
 from asyncflow.core.nearest import did_you_mean, nearest
 from asyncflow.core.settings import read_toml
 from asyncflow.core.types import Demonstration, Prompt
-
-Reward = Callable[[Prompt, str], float | Awaitable[float]]
-"""What a completion of a prompt is worth: a finite number, 1 where it is simply right."""
+from asyncflow.rollout.rewards import Reward
 
 ParamsT = ParamSpec("ParamsT")
 ResultT = TypeVar("ResultT")
@@ -30,6 +28,7 @@ ResultT = TypeVar("ResultT")
 class Task:
     """What is to be learnt. Held-out prompts are never trained on.
 
+    `reward` says what a completion of a prompt is worth: a finite number, 1 where it is right.
     `model` is given an empty folder, into which it may write a `from_pretrained` folder, and
     returns a folder or a hub name.
     """
