@@ -43,6 +43,8 @@ def read_prompts(
     data set's configuration. Raises `ConfigError`, before anything starts, for everything
     that can be wrong with the source.
     """
+    if not source:
+        raise ConfigError("no source of prompts was given")
     if "{text}" not in template:
         raise ConfigError(f"the template {template!r} does not contain {{text}}")
     rows = list(islice(read_rows(source, split=split, subset=subset), limit))

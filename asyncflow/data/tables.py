@@ -57,7 +57,7 @@ def not_among(name: str, present: Iterable[str]) -> str:
 def _is_meant_as_path(source: str) -> bool:
     """Hub names are `name` or `owner/name`, without a file's ending."""
     is_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
-    return not source or is_like_path or source.endswith((*JSON_LINES, *PARQUET))
+    return is_like_path or source.endswith((*JSON_LINES, *PARQUET))
 
 
 def _nearest_file(path: Path) -> str:

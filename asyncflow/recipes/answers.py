@@ -26,7 +26,7 @@ _NUMBER = re.compile(
     re.VERBOSE,
 )
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([0-9]{1,40})\}\{([0-9]{1,40})\}")
-_ANNOTATION = re.compile(r"<<[^<>\n]{0,200}>>")
+_ANNOTATION = re.compile(r"<<[^<>=\n]{1,100}=[^<>=\n]{0,100}>>")
 
 
 def is_right(completion: str, reference: str) -> bool:
