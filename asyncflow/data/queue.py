@@ -22,7 +22,7 @@ from asyncflow.core.types import MicroBatch, PolicyVersion, Ragged, RowId, Ticke
 from asyncflow.data.gate import Gate
 from asyncflow.data.ledger import Ledger, LedgerCounts, LedgerSnapshot, QueueTask, Transition
 from asyncflow.data.packing import pack
-from asyncflow.data.store import LocalStore
+from asyncflow.data.store import LocalStore, count_rows
 
 
 @dataclass(slots=True, kw_only=True)
@@ -85,8 +85,8 @@ class TransferQueue:
 
     def put(self, ticket: Ticket, columns: Mapping[str, Ragged]) -> None:
         """Hand in the group of a ticket, with the columns that exist already."""
-        num_rows = self._store.put(ticket, columns)
-        self._ledger.produce(ticket, num_rows, columns)
+        self._ledger.produce(ticket, count_rows(columns), columns)
+        self._store.put(ticket, columns)
         self._settle()
 
     def drop(self, ticket: Ticket, reason: str) -> None:

@@ -11,19 +11,23 @@ from asyncflow.core.errors import LedgerError
 from asyncflow.core.types import MicroBatch, Ragged, RowId, Ticket
 
 
+def count_rows(columns: Mapping[str, Ragged]) -> int:
+    """Rows of a group. Raises `LedgerError` unless all its columns have the same number."""
+    counts = {name: len(column.lengths) for name, column in columns.items()}
+    if len(set(counts.values())) != 1:
+        raise LedgerError(f"columns of one group differ in their number of rows: {counts}")
+    return next(iter(counts.values()))
+
+
 class LocalStore:
     """Holds rows until they are freed. Readers get them joined into packed columns."""
 
     def __init__(self) -> None:
         self._columns: dict[Ticket, dict[str, list[NDArray[np.generic]]]] = {}
 
-    def put(self, ticket: Ticket, columns: Mapping[str, Ragged]) -> int:
-        """Keep the rows of a group; all columns must have the same number of rows, which is returned."""
-        counts = {name: len(column.lengths) for name, column in columns.items()}
-        if len(set(counts.values())) != 1:
-            raise LedgerError(f"columns of ticket {ticket} differ in their number of rows: {counts}")
+    def put(self, ticket: Ticket, columns: Mapping[str, Ragged]) -> None:
+        """Keep the rows of a group."""
         self._columns[ticket] = {name: column.rows() for name, column in columns.items()}
-        return next(iter(counts.values()))
 
     def write(self, rows: Sequence[RowId], column: str, values: Ragged) -> None:
         """Add a column to some rows, in the order of `rows`. Rows freed meanwhile are passed over."""

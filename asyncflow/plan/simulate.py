@@ -5,6 +5,7 @@ Nothing here decides anything about the run; it only says how long things take.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -72,13 +73,19 @@ def simulate(
     agent: Agent | None = None,
     seed: int | None = None,
     snapshot: LedgerSnapshot | None = None,
+    interrupt_at_s: float | None = None,
 ) -> Simulation:
     """Run `config` with engines that follow `script`; `seed` draws the order of simultaneous events.
 
     With a `snapshot` of an earlier run, goes on where that one stopped. Raises whatever the
-    run raises, and `DeadlockError` instead of hanging.
+    run raises, `DeadlockError` instead of hanging, and `TimeoutError` when it was interrupted.
     """
-    return run_virtually(_run(config, script, agent or answer_once, snapshot), seed=seed)
+
+    async def main() -> Simulation:
+        async with asyncio.timeout(interrupt_at_s):
+            return await _run(config, script, agent or answer_once, snapshot)
+
+    return run_virtually(main(), seed=seed)
 
 
 async def answer_once(prompt: Prompt, chat: Chat) -> float:

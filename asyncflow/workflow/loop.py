@@ -22,6 +22,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic
 
+from asyncflow.core.causes import first_cause
 from asyncflow.core.errors import RolloutError
 from asyncflow.core.ports import Loss, TensorT, TrainEngine
 from asyncflow.core.types import PolicyVersion, Ragged, StepReport, Ticket
@@ -64,10 +65,17 @@ class LoopParts(Generic[TensorT]):
 
 
 async def run(config: LoopConfig, parts: LoopParts[TensorT]) -> None:
-    """Train until the trainer's version is `config.steps`; returns with every task ended.
+    """Train until the trainer's version is `config.steps`; returns, or raises, with every task ended.
 
-    Raises the first cause inside an exception group when anything but a rollout fails.
+    Raises the first cause when anything but a rollout fails.
     """
+    try:
+        await _run(config, parts)
+    except BaseExceptionGroup as group:
+        raise first_cause(group) from group
+
+
+async def _run(config: LoopConfig, parts: LoopParts[TensorT]) -> None:
     queue, trainer = parts.queue, parts.trainer
 
     async def produce() -> None:

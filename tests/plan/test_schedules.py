@@ -1,0 +1,141 @@
+"""The real main loop under a thousand drawn schedules: whatever happens, the promises hold.
+
+Each seed draws the sizes of the run, the times of everything, the order of simultaneous
+events, failures, drops and the moment at which the run is killed and resumed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from asyncflow.core.config import AlgorithmConfig, CheckpointConfig, EvaluateConfig, RolloutConfig, RunConfig
+from asyncflow.core.errors import EngineLostError, FailureBudgetError
+from asyncflow.data.gate import Gate
+from asyncflow.engines.scripted import Script
+from asyncflow.plan.simulate import Simulation, simulate
+
+NUM_SCHEDULES = 1000
+PER_TEST = 50
+
+
+def log_normal(mean: float, sigma: float) -> Callable[[np.random.Generator], float]:
+    return lambda rng: float(mean * np.exp(sigma * rng.standard_normal() - sigma**2 / 2))
+
+
+def draw_config(rng: np.random.Generator) -> RunConfig:
+    return RunConfig(
+        seed=int(rng.integers(1_000_000)),
+        steps=int(rng.integers(2, 8)),
+        max_staleness=int(rng.integers(0, 4)),
+        look_ahead=int(rng.choice([1, 1, 2, 7])),
+        groups_per_step=int(rng.integers(1, 6)),
+        group_size=int(rng.integers(2, 4)),
+        rollout=RolloutConfig(max_running=int(rng.integers(1, 40)), time_limit_s=float(rng.choice([20.0, 1e6]))),
+        algorithm=AlgorithmConfig(drop_no_signal=bool(rng.random() < 0.5)),
+        evaluate=EvaluateConfig(every=int(rng.integers(0, 3)), final_num_prompts=1),
+        checkpoint=CheckpointConfig(every=1),
+    )
+
+
+def draw_script(rng: np.random.Generator, *, failure_rate: float = 0.0, crash_rate: float = 0.0) -> Script:
+    load_s = float(rng.choice([0.0, 0.1, 30.0]))  # weights that arrive at once, soon, and very late
+    train_s = float(rng.choice([0.0, 0.01, 1.0]))
+    return Script(
+        completion_s=log_normal(float(rng.choice([0.1, 1.0])), float(rng.choice([0.0, 1.0, 2.0]))),
+        accumulate_s=lambda draw, tokens: train_s * float(draw.random()) * tokens,
+        apply_s=lambda draw: train_s,
+        load_s=lambda draw: load_s * float(draw.random()),
+        failure_rate=failure_rate,
+        crash_rate=crash_rate,
+    )
+
+
+def check_promises(config: RunConfig, result: Simulation) -> None:
+    """The bound holds, every ticket is accounted for, every trained group was whole and trained once."""
+    counts = result.counts
+    assert counts.admitted == counts.trained + sum(counts.dropped.values()) + counts.pending
+    assert counts.trained == config.steps * config.groups_per_step
+    gate = Gate(
+        groups_per_step=config.groups_per_step,
+        max_staleness=config.max_staleness,
+        steps=config.steps,
+        look_ahead=config.look_ahead,
+    )
+    assert result.staleness_max <= gate.bound
+    check_rows(config, result.trained_rows)
+
+
+def check_rows(config: RunConfig, rows: tuple[tuple[int, int, int], ...]) -> None:
+    assert len({(ticket, index) for ticket, index, _ in rows}) == len(rows)
+    siblings = Counter(ticket for ticket, _, _ in rows)
+    assert set(siblings.values()) <= {config.group_size}
+    groups_in_step = Counter(step for _, step in {(ticket, step) for ticket, _, step in rows})
+    assert set(groups_in_step.values()) <= {config.groups_per_step}
+
+
+@pytest.mark.parametrize("first", range(0, NUM_SCHEDULES, PER_TEST))
+def test_promises_hold_under_drawn_schedules(first: int) -> None:
+    for seed in range(first, first + PER_TEST):
+        rng = np.random.default_rng(seed)
+        config = draw_config(rng)
+        config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_failures": 100_000})})
+        failure_rate = float(rng.choice([0.0, 0.05, 0.3]))
+        result = simulate(config, draw_script(rng, failure_rate=failure_rate), seed=seed)
+        check_promises(config, result)
+        assert not set(result.counts.dropped) - {"failed", "timeout", "no signal"}
+
+
+def test_rollouts_that_always_fail_spend_the_budget_and_end_the_run() -> None:
+    rng = np.random.default_rng(1)
+    config = draw_config(rng).model_copy(update={"rollout": RolloutConfig(max_failures=5)})
+    with pytest.raises(FailureBudgetError, match=r"of the last . groups failed.*scripted failure"):
+        simulate(config, draw_script(rng, failure_rate=1.0), seed=1)
+
+
+@pytest.mark.parametrize("first", range(0, 200, 50))
+def test_a_crash_ends_the_run_with_its_cause_and_leaves_no_task(first: int) -> None:
+    for seed in range(first, first + 50):
+        rng = np.random.default_rng(seed)
+        config = draw_config(rng)
+        try:
+            result = simulate(config, draw_script(rng, crash_rate=0.02), seed=seed)
+        except EngineLostError:
+            continue  # `run_virtually` itself refuses to leave tasks behind
+        check_promises(config, result)
+
+
+@pytest.mark.parametrize("first", range(0, 200, 50))
+def test_a_run_resumed_from_any_checkpoint_trains_every_ticket_once(first: int) -> None:
+    for seed in range(first, first + 50):
+        rng = np.random.default_rng(seed)
+        config, script = draw_config(rng), draw_script(rng)
+        whole = simulate(config, script, seed=seed)
+        snapshot = whole.snapshots[int(rng.integers(len(whole.snapshots)))]
+        step = snapshot.trained // config.groups_per_step
+        if step == config.steps:
+            continue
+        resumed = simulate(config, script, seed=seed + 1, snapshot=snapshot)
+        check_promises(config, resumed)
+        kept = tuple(row for row in whole.trained_rows if row[2] < step)
+        check_rows(config, kept + resumed.trained_rows)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_cancelling_a_run_at_any_moment_ends_every_task(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    config, script = draw_config(rng), draw_script(rng)
+    try:
+        result = simulate(config, script, seed=seed, interrupt_at_s=float(rng.exponential(3.0)))
+    except TimeoutError:
+        return  # `run_virtually` itself refuses to leave tasks behind
+    check_promises(config, result)
+
+
+def test_equal_seeds_give_equal_runs() -> None:
+    rng = np.random.default_rng(5)
+    config, script = draw_config(rng), draw_script(rng)
+    assert simulate(config, script, seed=9) == simulate(config, script, seed=9)
