@@ -1,0 +1,1 @@
+"""The built-in rollout engine: any Hugging Face causal language model, in a process of its own."""
