@@ -1,0 +1,178 @@
+"""`TorchTrainEngine`: the training engine for one device.
+
+Two threads, neither of them the event loop's. The compute thread owns model, gradients and
+optimizer. The export thread only reads parameters, so weights travel while gradients are
+computed.
+
+On a CPU, processes that share cores must be started with `OMP_WAIT_POLICY=PASSIVE`, which has
+to be in the environment before torch is imported: spinning OpenMP threads of two
+processes on the same cores cost a factor of 30.
+"""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from asyncflow.core.config import TrainConfig
+from asyncflow.core.ports import Loss
+from asyncflow.core.types import FloatArray, MicroBatch, PolicyVersion, StepReport, WeightsRef
+from asyncflow.engines.channel import MemoryChannel
+from asyncflow.engines.train.checkpoint import TrainerState, read_state, read_weights, write_checkpoint
+from asyncflow.engines.train.compute_thread import ComputeThread
+from asyncflow.engines.train.export import channel_shapes, to_bits
+from asyncflow.engines.train.optimizer import Optimizer, Phase
+from asyncflow.engines.train.scoring import Scorer
+from asyncflow.engines.train.source import LoadedModel, load_model
+from asyncflow.engines.train.step_sums import StepSums
+
+
+class TorchTrainEngine:
+    """Trains any Hugging Face causal language model: float32 weights, AdamW, no padding.
+
+    The model is in evaluation mode throughout: dropout would make the ratio to the policy
+    that sampled a random number. So nothing is random here, and equal calls give equal weights.
+
+    `channel` is where `export_weights` writes; start readers with its descriptor.
+    """
+
+    def __init__(self, loaded: LoadedModel, phase: Phase, *, half: bool, export_dtype: str, lineage: str) -> None:
+        self._loaded = loaded
+        self._half = half
+        self._parameters = dict(loaded.model.named_parameters())  # a tied parameter once
+        self._version = PolicyVersion(step=0, lineage=lineage)
+        self._begin(phase)
+        self._export_dtype = export_dtype
+        self.channel = MemoryChannel.create(channel_shapes(self._parameters, export_dtype))
+        self._compute = ComputeThread("asyncflow-train")
+        self._exports = ComputeThread("asyncflow-export")
+        self._weights_lock = threading.Lock()  # the export thread reads parameters, the compute thread steps them
+        self._is_open = True
+
+    @classmethod
+    async def open(
+        cls, source: str, config: TrainConfig, *, phase: Phase, export_dtype: str = "float32", lineage: str = ""
+    ) -> TorchTrainEngine:
+        """Load a model folder or hub name. `export_dtype` is the rollout engine's. Raises `ConfigError`."""
+        loader = ComputeThread("asyncflow-load")
+        try:
+            loaded = await loader.run(partial(load_model, source, config.device))
+        finally:
+            loader.close()
+        half = config.dtype == "bfloat16"
+        engine = cls(loaded, phase, half=half, export_dtype=export_dtype, lineage=lineage)
+        await engine.set_threads(config.threads)
+        return engine
+
+    @property
+    def version(self) -> PolicyVersion:
+        """The weights that the next gradient is taken at; without a fingerprint, which exporting computes."""
+        return self._version
+
+    async def begin_phase(self, phase: Phase) -> None:
+        """Go on with a fresh optimizer, no gradients, and version 0 of the same lineage."""
+
+        def begin() -> None:
+            self._version = PolicyVersion(step=0, lineage=self._version.lineage)
+            self._begin(phase)
+
+        await self._compute.run(begin)
+
+    async def set_threads(self, num_threads: int) -> None:
+        """Compute on so many CPU threads from the next call on; 0 leaves the number as it is.
+
+        The number belongs to the compute thread: OpenMP keeps one for each thread that asks.
+        """
+        if num_threads:
+            await self._compute.run(partial(torch.set_num_threads, num_threads))
+
+    async def accumulate(self, batch: MicroBatch, loss: Loss[Tensor]) -> None:
+        """Add the un-normalised gradient of `loss` on `batch`.
+
+        A call that is cancelled still adds it, before the cancellation is raised. Raises
+        `NonFiniteError`, with no gradient added, when the loss is not a number.
+        """
+        await self._compute.run(partial(self._accumulate, batch, loss))
+
+    async def apply(self, denominator: float) -> StepReport:
+        """Divide the gradient by `denominator`, take one optimizer step; the version grows by 1.
+
+        Raises `NonFiniteError`, with the weights untouched, when the gradient is not a number.
+        """
+        return await self._compute.run(partial(self._apply, denominator))
+
+    async def logprobs(self, batch: MicroBatch) -> FloatArray:
+        """Log-probability of every token given those before it in its sample, `[T]`; 0 for the first."""
+        return await self._compute.run(lambda: self._scorer.logprobs(batch))
+
+    async def export_weights(self) -> WeightsRef:
+        """Write the current weights into the channel, in the rollout engine's dtype."""
+        return await self._exports.run(self._export)
+
+    async def save(self, folder: Path) -> None:
+        """Write model, tokenizer, optimizer state and version into `folder`, which exists.
+
+        Gradients that no step was taken with are not saved.
+        """
+        await self._compute.run(partial(self._save, folder))
+
+    async def load(self, folder: Path) -> None:
+        """Go back to what `save` wrote, phase included. Raises `RunFolderError` when it is something else."""
+        await self._compute.run(partial(self._load, folder))
+
+    async def aclose(self) -> None:
+        """Wait for what is being computed, then release threads and channel. May be called twice."""
+        if self._is_open:
+            self._is_open = False
+            for thread in (self._compute, self._exports):
+                await thread.run(lambda: None)
+                thread.close()
+            self.channel.close()
+
+    # -- in the compute thread ----------------------------------------------------------------
+
+    def _begin(self, phase: Phase) -> None:
+        self._optimizer = Optimizer(self._parameters, phase)
+        self._optimizer.forget_gradients()
+        self._sums = StepSums()
+        self._scorer = Scorer(
+            model=self._loaded.model, forward=self._loaded.forward, temperature=phase.temperature, half=self._half
+        )
+
+    def _accumulate(self, batch: MicroBatch, loss: Loss[Tensor]) -> None:
+        if batch.num_tokens == 0:  # ranks get equally many micro-batches, so some are empty
+            return
+        output = loss(self._scorer.inputs(batch, loss))
+        self._sums.add(batch, output)
+        torch.autograd.backward(output.loss)
+
+    def _apply(self, denominator: float) -> StepReport:
+        with self._weights_lock:
+            grad_norm, rate = self._optimizer.step(denominator)
+            self._version = PolicyVersion(step=self._version.step + 1, lineage=self._version.lineage)
+        sums, self._sums = self._sums, StepSums()
+        return sums.report(self._version, denominator, grad_norm, rate)
+
+    def _save(self, folder: Path) -> None:
+        self._loaded.save_tokenizer(folder)
+        state = TrainerState(version=self._version, phase=self._optimizer.phase, phase_steps=self._optimizer.steps)
+        write_checkpoint(folder, self._loaded.model, self._optimizer.state(), state)
+
+    def _load(self, folder: Path) -> None:
+        state, optimizer_state = read_state(folder)
+        with self._weights_lock:
+            read_weights(folder, self._loaded.model)
+            self._begin(state.phase)
+            self._optimizer.restore(state.phase_steps, optimizer_state)
+            self._version = state.version
+
+    # -- in the export thread -----------------------------------------------------------------
+
+    def _export(self) -> WeightsRef:
+        with self._weights_lock:
+            bits = {name: to_bits(parameter, self._export_dtype) for name, parameter in self._parameters.items()}
+            return self.channel.write(bits, self._version.step, self._version.lineage)
