@@ -69,6 +69,7 @@ class Meter:
             "admitted": counts.admitted,
             "trained": counts.trained,
             "dropped": sum(counts.dropped.values()),
+            **{f"dropped_{reason.replace(' ', '_')}": count for reason, count in counts.dropped.items()},
             "queued_groups": held,
             "train_busy": train / seconds,
             "rollout_busy": rollout / seconds,

@@ -59,7 +59,7 @@ async def reinforce(config: RunConfig, setup: Setup[TensorT], snapshot: LedgerSn
     meter.begin(steps=config.steps, now_s=setup.world.now_s())
     health = Health(config.max_staleness)
     failures = FailureBudget(config.rollout.max_failures, tell=lambda text: meter.record("health", {"message": text}))
-    parts = rollout_parts(config, setup)
+    parts = rollout_parts(config, setup.rollout, setup.renderer, setup.agent, setup.world)
     prompt_of = prompt_order(setup.prompts, setup.world)
 
     async def roll_out(ticket: Ticket) -> Mapping[str, Ragged]:
@@ -72,7 +72,7 @@ async def reinforce(config: RunConfig, setup: Setup[TensorT], snapshot: LedgerSn
 
     async def after_publish(version: PolicyVersion) -> None:
         if is_evaluated(config, version.step):
-            await measure(config, setup, version)
+            await measure(config, setup, parts, version)
 
     async def after_step(report: StepReport, totals: StepTotals) -> None:
         record = meter.step(report, totals, queue.counts(), queue.num_groups_held, setup.world.now_s())
@@ -113,13 +113,17 @@ def make_queue(config: RunConfig, setup: Setup[TensorT], snapshot: LedgerSnapsho
     ]
     if setup.reference is not None:
         tasks.append(QueueTask(name=REFERENCE, needs=(TOKEN_IDS,)))
-    gate = Gate(
+    return TransferQueue(tasks, make_gate(config), snapshot=snapshot)
+
+
+def make_gate(config: RunConfig) -> Gate:
+    """The staleness gate of a run."""
+    return Gate(
         groups_per_step=config.groups_per_step,
         max_staleness=config.max_staleness,
         steps=config.steps,
         look_ahead=config.look_ahead,
     )
-    return TransferQueue(tasks, gate, snapshot=snapshot)
 
 
 def make_stages(config: RunConfig, setup: Setup[TensorT], queue: TransferQueue) -> list[Callable[[], Awaitable[None]]]:
@@ -132,31 +136,39 @@ def make_stages(config: RunConfig, setup: Setup[TensorT], queue: TransferQueue) 
     return [advantages, partial(reference_stage, queue, setup.reference, max_tokens=config.train.micro_batch_tokens)]
 
 
-def rollout_parts(config: RunConfig, setup: Setup[TensorT]) -> RolloutParts:
+def rollout_parts(
+    config: RunConfig, engine: RolloutEngine, renderer: Renderer, agent: Agent, world: World
+) -> RolloutParts:
     """What training rollouts share."""
+    sampling = config.sampling
+    params = SamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        stop_token_ids=renderer.stop_token_ids,
+    )
     return RolloutParts(
-        engine=setup.rollout,
-        renderer=setup.renderer,
-        agent=setup.agent,
-        params=SamplingParams(
-            max_tokens=config.sampling.max_tokens,
-            temperature=config.sampling.temperature,
-            top_p=config.sampling.top_p,
-            top_k=config.sampling.top_k,
-            stop_token_ids=setup.renderer.stop_token_ids,
-        ),
+        engine=engine,
+        renderer=renderer,
+        agent=agent,
+        params=params,
         time_limit_s=config.rollout.time_limit_s,
-        world=setup.world,
+        world=world,
     )
 
 
-async def measure(config: RunConfig, setup: Setup[TensorT], version: PolicyVersion) -> Evaluation:
+def evaluation_parts(parts: RolloutParts, temperature: float) -> RolloutParts:
+    """The same rollouts, sampled from the whole distribution at another temperature."""
+    return replace(parts, params=replace(parts.params, temperature=temperature, top_p=1.0, top_k=0))
+
+
+async def measure(config: RunConfig, setup: Setup[TensorT], parts: RolloutParts, version: PolicyVersion) -> Evaluation:
     """Evaluate the served weights on held-out prompts and record the result."""
     at_an_end = version.step in (0, config.steps)
     wanted = config.evaluate.final_num_prompts if at_an_end else config.evaluate.num_prompts
-    parts = rollout_parts(config, setup)
-    params = replace(parts.params, temperature=config.evaluate.temperature, top_p=1.0, top_k=0)
-    result = await evaluate(setup.held_out[:wanted], replace(parts, params=params), name=f"evaluation {version.step}")
+    parts = evaluation_parts(parts, config.evaluate.temperature)
+    result = await evaluate(setup.held_out[:wanted], parts, name=f"evaluation {version.step}")
     setup.meter.record("evaluation", {"step": version.step, **asdict(result)})
     return result
 

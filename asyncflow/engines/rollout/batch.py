@@ -67,6 +67,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def longest(self) -> int:
+        """Cached tokens of the longest row."""
+        return int(self.lengths[: len(self)].max())
+
     def add(self, row: Row) -> None:
         """Run a request in the next row. Its last prompt token is the first that is decoded."""
         index, params = len(self.rows), row.params

@@ -1,8 +1,8 @@
 """The keys and values of running sequences: one row each, every row with its own length.
 
 Implements the part of transformers' `Cache` that attention layers use when the caller hands
-them a ready four-dimensional mask and position ids: `update`. Memory is taken as rows and
-columns are needed, never for a whole context in advance.
+them a ready four-dimensional mask and position ids: `update`. Memory follows what is
+running: never a whole context in advance, and what outgrew its need is given back.
 
 Columns at or beyond a row's length hold leftovers; the mask hides them until they are overwritten.
 """
@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-COLUMN_BLOCK = 32
-ROW_BLOCK = 8
+COLUMN_BLOCK = 8
+"""What GPU kernels want masks aligned to."""
+SLACK = 1.25
+"""Memory is taken for this many times the need, so that it is not moved at every step. Attention
+is slower the more unused memory lies between the rows."""
 
 
 def round_up(number: int, block: int) -> int:
@@ -31,38 +34,47 @@ def round_up(number: int, block: int) -> int:
 class SlotCache:
     """Keys and values of every layer, `[rows, heads, columns, head_dim]` each.
 
-    Used as `past_key_values` between `begin` and the end of that forward pass.
+    `reserve` memory before rows are filled; `begin` a forward pass, then hand this over as its
+    `past_key_values`.
     """
 
     def __init__(self) -> None:
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
+        self._capacity = (0, 0)
         self._positions = torch.empty(0, dtype=torch.int64)
-        self._index = self._positions
-        self._rows = 0
         self._columns = 0
 
+    def reserve(self, rows: int, length: int) -> None:
+        """Make room for this many rows with sequences of this length; what lies outside is lost."""
+        columns = round_up(length, COLUMN_BLOCK)
+        if rows <= self._capacity[0] and columns <= self._capacity[1]:
+            return
+        self._capacity = int(rows * SLACK), round_up(int(length * SLACK), COLUMN_BLOCK)
+        for store in (self._keys, self._values):
+            for index, old in enumerate(store):
+                store[index] = self._empty(old)
+                kept_rows, kept_columns = min(rows, len(old)), min(columns, old.shape[2])
+                store[index][:kept_rows, :, :kept_columns] = old[:kept_rows, :, :kept_columns]
+
     def begin(self, lengths: Tensor, longest: int) -> None:
-        """Prepare to append one token to rows 0 .. B - 1, at columns `lengths [B]` (longest: their maximum)."""
+        """Prepare to append one token to rows 0 .. B - 1, at columns `lengths [B]`; `longest` is their maximum."""
+        self.reserve(len(lengths), longest + 1)
         self._positions = lengths
-        self._rows = len(lengths)
-        self._index = torch.arange(self._rows, device=lengths.device)
         self._columns = round_up(longest + 1, COLUMN_BLOCK)
 
     def mask(self, dtype: torch.dtype) -> Tensor:
         """What the new tokens attend to, added to the attention scores: 0 or -inf, `[B, 1, 1, columns]`."""
-        columns = torch.arange(self._columns, device=self._positions.device)
-        hidden = columns > self._positions[:, None]
-        return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)[
-            :, None, None
-        ]
+        hidden = torch.arange(self._columns, device=self._positions.device) > self._positions[:, None]
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+        return mask[:, None, None]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Append keys and values `[B, heads, 1, head_dim]`; gives whole rows, `[B, heads, columns, head_dim]`."""
-        keys = self._room(self._keys, layer_idx, key_states, self._rows, self._columns)
-        values = self._room(self._values, layer_idx, value_states, self._rows, self._columns)
+        keys = self._layer(self._keys, layer_idx, key_states)
+        values = self._layer(self._values, layer_idx, value_states)
         return self._append(keys, key_states), self._append(values, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -73,31 +85,28 @@ class SlotCache:
         """Take over prefixes computed in another cache: `rows[i]` begins with its row `sources[i]`."""
         for index, layer in enumerate(prefix.layers):
             for store, states in ((self._keys, layer.keys), (self._values, layer.values)):
-                length = states.shape[2]
-                memory = self._room(store, index, states, max(rows) + 1, round_up(length, COLUMN_BLOCK))
-                memory[list(rows), :, :length] = states[list(sources)]
+                memory = self._layer(store, index, states)
+                memory[list(rows), :, : states.shape[2]] = states[list(sources)]
 
     def copy_rows(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
         """Copy the first `length` columns of rows; no row may be both source and target."""
-        for store in (self._keys, self._values):
-            for index, old in enumerate(store):
-                memory = self._room(store, index, old, max(targets) + 1, length)
-                memory[list(targets), :, :length] = memory[list(sources), :, :length]
+        for memory in (*self._keys, *self._values):
+            memory[list(targets), :, :length] = memory[list(sources), :, :length]
 
     def _append(self, memory: Tensor, states: Tensor) -> Tensor:
-        memory[self._index, :, self._positions] = states[:, :, 0]
-        return memory[: self._rows, :, : self._columns]
+        _, heads, columns, size = memory.shape
+        rows = len(self._positions)
+        pieces = torch.arange(rows * heads, device=memory.device).view(rows, heads) * columns
+        where = (pieces + self._positions[:, None]).flatten()
+        memory.view(-1, size).index_copy_(0, where, states.reshape(-1, size))
+        return memory[:rows, :, : self._columns]
 
-    @staticmethod
-    def _room(store: list[Tensor], layer: int, like: Tensor, rows: int, columns: int) -> Tensor:
-        """The memory of a layer, grown to at least this many rows and columns; growing doubles."""
-        if layer == len(store):
-            store.append(like.new_empty(0, like.shape[1], 0, like.shape[3]))
-        old = store[layer]
-        old_rows, heads, old_columns, size = old.shape
-        if rows > old_rows or columns > old_columns:
-            new_rows = max(round_up(rows, ROW_BLOCK), 2 * old_rows) if rows > old_rows else old_rows
-            new_columns = max(columns, 2 * old_columns) if columns > old_columns else old_columns
-            store[layer] = old.new_zeros(new_rows, heads, new_columns, size)
-            store[layer][:old_rows, :, :old_columns] = old
-        return store[layer]
+    def _layer(self, store: list[Tensor], index: int, like: Tensor) -> Tensor:
+        if index == len(store):
+            store.append(self._empty(like))
+        return store[index]
+
+    def _empty(self, like: Tensor) -> Tensor:
+        """Memory for a layer with the heads and sizes of these states. Zeros: hidden columns must not be NaN."""
+        rows, columns = self._capacity
+        return like.new_zeros(rows, like.shape[1], columns, like.shape[3])

@@ -85,6 +85,11 @@ class TorchRolloutEngine:
         return self._child.pid
 
     @property
+    def num_running(self) -> int:
+        """Completions asked for and not yet returned."""
+        return len(self._completions)
+
+    @property
     def limits(self) -> Ready:
         """What the engine serves: its vocabulary, context and device."""
         return self._ready.result()

@@ -94,7 +94,7 @@ class Decoder:
         self._refresh()
         self._admit()
         tokens, lengths = (torch.from_numpy(column.copy()).to(self._model.device) for column in self._batch.inputs())
-        logits = decode(self._model, self._cache, tokens, lengths, int(self._batch.inputs()[1].max()))
+        logits = decode(self._model, self._cache, tokens, lengths, self._batch.longest)
         sampled, logprobs = sample(logits, self._batch.sampling())
         done = self._batch.append(sampled.cpu().numpy(), logprobs.cpu().numpy())
         return self._collect(done, logprobs.cpu().numpy())
@@ -107,16 +107,21 @@ class Decoder:
 
     def _admit(self) -> None:
         """Start waiting requests; a prompt that a running row has begins as a copy of that row."""
+        requests = self._scheduler.admit()
+        if not requests:
+            return
         known = {row.prompt_key: index for index, row in enumerate(self._batch.rows)}
+        first = len(self._batch)
+        for request in requests:
+            self._batch.add(self._waiting.pop(request.id))
+        self._cache.reserve(len(self._batch), self._batch.longest + 1)
         missing: list[Prefix] = []
-        for request in self._scheduler.admit():
-            row, prompt = len(self._batch), self._waiting.pop(request.id)
-            self._batch.add(prompt)
-            sibling = known.get(request.prompt_key)
+        for row, added in enumerate(self._batch.rows[first:], first):
+            sibling, prefix = known.get(added.prompt_key), added.prompt[:-1]
             if sibling is None:
-                missing.append(Prefix(row, prompt.prompt[:-1]))
+                missing.append(Prefix(row, prefix))
             else:
-                self._cache.copy_rows([sibling], [row], len(prompt.prompt) - 1)
+                self._cache.copy_rows([sibling], [row], len(prefix))
         self._prefill(missing)
 
     def _prefill(self, prefixes: Sequence[Prefix]) -> None:

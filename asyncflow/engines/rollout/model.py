@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from asyncflow.core.errors import ConfigError, WeightSyncError
 from asyncflow.core.types import WeightsRef
 from asyncflow.engines.channel import Array, Manifest, MemoryChannel, fingerprint
+from asyncflow.engines.rollout.attention import register
 from asyncflow.engines.rollout.cache import SlotCache
 
 ATTENDS_TO_ALL = "full_attention"
@@ -41,7 +42,7 @@ def open_model(name: str, device: torch.device, dtype: str) -> PreTrainedModel:
     """
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype), attn_implementation="sdpa", use_safetensors=True
+            name, dtype=getattr(torch, dtype), attn_implementation=register(), use_safetensors=True
         )
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model {name!r} can't be opened: {error}") from error
@@ -99,6 +100,7 @@ def check_decoding(model: PreTrainedModel) -> None:
     lengths = torch.tensor([4, 2], device=model.device)
     try:
         cache = SlotCache()
+        cache.reserve(2, 5)
         cache.fill(prefill(model, tokens[:, :4]), [0, 1], [0, 1])
         plain = [
             model(input_ids=row[None, : length + 1]).logits[0, -1] for row, length in zip(tokens, lengths, strict=True)

@@ -110,6 +110,13 @@ class Optimizer:
         self.steps += 1
         return norm.item(), rate
 
+    def change_phase(self, phase: Phase) -> None:
+        """Go on under other hyperparameters, with the moments as they are."""
+        self.phase = phase
+        for group, decay in zip(self._adamw.param_groups, (phase.weight_decay, 0.0), strict=True):
+            group["weight_decay"] = decay
+            group["betas"] = phase.betas
+
     def forget_gradients(self) -> None:
         """Begin the next optimizer step."""
         self._adamw.zero_grad(set_to_none=True)

@@ -11,14 +11,18 @@ processes on the same cores cost a factor of 30.
 
 from __future__ import annotations
 
+import asyncio
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from asyncflow.core.config import TrainConfig
+from asyncflow.core.metrics import NullObserver, Observer
 from asyncflow.core.ports import Loss
 from asyncflow.core.types import FloatArray, MicroBatch, PolicyVersion, StepReport, WeightsRef
 from asyncflow.engines.channel import MemoryChannel
@@ -30,6 +34,8 @@ from asyncflow.engines.train.scoring import Scorer
 from asyncflow.engines.train.source import LoadedModel, load_model
 from asyncflow.engines.train.step_sums import StepSums
 
+ResultT = TypeVar("ResultT")
+
 
 class TorchTrainEngine:
     """Trains any Hugging Face causal language model: float32 weights, AdamW, no padding.
@@ -40,7 +46,19 @@ class TorchTrainEngine:
     `channel` is where `export_weights` writes; start readers with its descriptor.
     """
 
-    def __init__(self, loaded: LoadedModel, phase: Phase, *, half: bool, export_dtype: str, lineage: str) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        phase: Phase,
+        *,
+        half: bool,
+        export_dtype: str,
+        lineage: str,
+        observer: Observer,
+        num_threads: Callable[[], int],
+    ) -> None:
+        self._observer = observer
+        self._num_threads = num_threads
         self._loaded = loaded
         self._half = half
         self._parameters = dict(loaded.model.named_parameters())  # a tied parameter once
@@ -55,18 +73,36 @@ class TorchTrainEngine:
 
     @classmethod
     async def open(
-        cls, source: str, config: TrainConfig, *, phase: Phase, export_dtype: str = "float32", lineage: str = ""
+        cls,
+        source: str,
+        config: TrainConfig,
+        *,
+        phase: Phase,
+        export_dtype: str = "float32",
+        lineage: str = "",
+        observer: Observer | None = None,
+        num_threads: Callable[[], int] | None = None,
     ) -> TorchTrainEngine:
-        """Load a model folder or hub name. `export_dtype` is the rollout engine's. Raises `ConfigError`."""
+        """Load a model folder or hub name. `export_dtype` is the rollout engine's. Raises `ConfigError`.
+
+        `num_threads` is asked before every call that computes, on how many CPU threads; 0 leaves
+        the number as it is. Without it, `config.threads` holds.
+        """
         loader = ComputeThread("asyncflow-load")
         try:
             loaded = await loader.run(partial(load_model, source, config.device))
         finally:
             loader.close()
         half = config.dtype == "bfloat16"
-        engine = cls(loaded, phase, half=half, export_dtype=export_dtype, lineage=lineage)
-        await engine.set_threads(config.threads)
-        return engine
+        return cls(
+            loaded,
+            phase,
+            half=half,
+            export_dtype=export_dtype,
+            lineage=lineage,
+            observer=observer or NullObserver(),
+            num_threads=num_threads or (lambda: config.threads),
+        )
 
     @property
     def version(self) -> PolicyVersion:
@@ -82,13 +118,9 @@ class TorchTrainEngine:
 
         await self._compute.run(begin)
 
-    async def set_threads(self, num_threads: int) -> None:
-        """Compute on so many CPU threads from the next call on; 0 leaves the number as it is.
-
-        The number belongs to the compute thread: OpenMP keeps one for each thread that asks.
-        """
-        if num_threads:
-            await self._compute.run(partial(torch.set_num_threads, num_threads))
+    async def change_phase(self, phase: Phase) -> None:
+        """Go on with other hyperparameters; moments, version and gradients stay as they are."""
+        await self._compute.run(partial(self._change, phase))
 
     async def accumulate(self, batch: MicroBatch, loss: Loss[Tensor]) -> None:
         """Add the un-normalised gradient of `loss` on `batch`.
@@ -96,14 +128,14 @@ class TorchTrainEngine:
         A call that is cancelled still adds it, before the cancellation is raised. Raises
         `NonFiniteError`, with no gradient added, when the loss is not a number.
         """
-        await self._compute.run(partial(self._accumulate, batch, loss))
+        await self._busy("accumulate", partial(self._accumulate, batch, loss))
 
     async def apply(self, denominator: float) -> StepReport:
         """Divide the gradient by `denominator`, take one optimizer step; the version grows by 1.
 
         Raises `NonFiniteError`, with the weights untouched, when the gradient is not a number.
         """
-        return await self._compute.run(partial(self._apply, denominator))
+        return await self._busy("apply", partial(self._apply, denominator))
 
     async def logprobs(self, batch: MicroBatch) -> FloatArray:
         """Log-probability of every token given those before it in its sample, `[T]`; 0 for the first."""
@@ -133,12 +165,35 @@ class TorchTrainEngine:
                 thread.close()
             self.channel.close()
 
+    async def _busy(self, name: str, call: Callable[[], ResultT]) -> ResultT:
+        """Run a call in the compute thread, on the threads that are ours now, and report when it was busy."""
+        clock = asyncio.get_running_loop().time
+        num_threads = self._num_threads()
+        start_s = clock()
+
+        def compute() -> ResultT:
+            # The number belongs to the compute thread: OpenMP keeps one for each thread that asks.
+            if num_threads and num_threads != torch.get_num_threads():
+                torch.set_num_threads(num_threads)
+            return call()
+
+        try:
+            return await self._compute.run(compute)
+        finally:
+            self._observer.span("train", name, start_s, clock())
+
     # -- in the compute thread ----------------------------------------------------------------
 
     def _begin(self, phase: Phase) -> None:
         self._optimizer = Optimizer(self._parameters, phase)
         self._optimizer.forget_gradients()
         self._sums = StepSums()
+        self._scorer = Scorer(
+            model=self._loaded.model, forward=self._loaded.forward, temperature=phase.temperature, half=self._half
+        )
+
+    def _change(self, phase: Phase) -> None:
+        self._optimizer.change_phase(phase)
         self._scorer = Scorer(
             model=self._loaded.model, forward=self._loaded.forward, temperature=phase.temperature, half=self._half
         )

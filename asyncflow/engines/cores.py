@@ -1,0 +1,51 @@
+"""The cores of one machine, divided between rollout and training.
+
+Two processes that each take all cores disturb each other; a core given to a role that
+waits is lost. So training computes on the cores that rollout leaves: on all of them while
+no completion is being sampled. Decoding small models gains nothing from a second thread
+(`LOG.md`), so rollout keeps its number.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Protocol
+
+from asyncflow.core.config import RunConfig
+
+
+class Busy(Protocol):
+    """A rollout engine that knows how many completions it is sampling."""
+
+    @property
+    def num_running(self) -> int:
+        """Completions asked for and not yet returned."""
+        ...
+
+
+@dataclass(slots=True, kw_only=True)
+class Cores:
+    """Threads for each role. `rollout` is set once its engine runs."""
+
+    total: int
+    rollout_threads: int
+    train_threads: int
+    rollout: Busy | None = None
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Cores:
+        """The division for a run; numbers given in the configuration are taken as they are."""
+        total = len(os.sched_getaffinity(0))
+        return cls(
+            total=total,
+            rollout_threads=config.rollout.threads or max(1, total // 2),
+            train_threads=config.train.threads,
+        )
+
+    def for_training(self) -> int:
+        """Threads for the next micro-batch."""
+        if self.train_threads:
+            return self.train_threads
+        is_shared = self.rollout is not None and self.rollout.num_running > 0
+        return max(1, self.total - self.rollout_threads) if is_shared else self.total

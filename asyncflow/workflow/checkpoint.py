@@ -1,0 +1,55 @@
+"""Checkpoints: a model folder that `from_pretrained` loads, with all it takes to go on.
+
+`step-000040/` holds the training engine's files (weights, optimizer, tokenizer) and
+`ledger.json`: which tickets were trained, dropped, or are to be issued again. A checkpoint
+is written between two optimizer steps, so weights and ledger agree.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from asyncflow.core.errors import RunFolderError
+from asyncflow.core.ports import TensorT, TrainEngine
+from asyncflow.core.world import World
+from asyncflow.data.ledger import LedgerSnapshot
+from asyncflow.workflow.checkpoint_folder import begin_draft, newest_valid, prune, publish
+
+LEDGER_FILE = "ledger.json"
+
+EMPTY_LEDGER = LedgerSnapshot(admitted=0, trained=0, dropped={}, pending=())
+"""The ledger before the first rollout."""
+
+
+async def save_checkpoint(
+    checkpoints: Path, trainer: TrainEngine[TensorT], step: int, ledger: LedgerSnapshot, keep: int, world: World
+) -> Path:
+    """Write, make durable and publish the checkpoint after `step` steps; remove the oldest."""
+    draft = await world.run_blocking(lambda: begin_draft(checkpoints, step))
+    await trainer.save(draft)
+    world.disk.write(draft / LEDGER_FILE, msgspec.json.encode(ledger))
+
+    def finish() -> Path:
+        folder = publish(draft, world.disk)
+        prune(checkpoints, keep)
+        return folder
+
+    return await world.run_blocking(finish)
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """The newest whole checkpoint of a run. Raises `RunFolderError` when there is none."""
+    found = newest_valid(run / "checkpoints")
+    if found is None:
+        raise RunFolderError(f"{run} holds no checkpoint: the run ended before its first one. Start it again")
+    return found
+
+
+def read_ledger(checkpoint: Path, world: World) -> LedgerSnapshot:
+    """The ledger of a checkpoint. Raises `RunFolderError` when it is damaged."""
+    try:
+        return msgspec.json.decode(world.disk.read(checkpoint / LEDGER_FILE), type=LedgerSnapshot)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise RunFolderError(f"{checkpoint} has no readable {LEDGER_FILE}: {error}") from error
