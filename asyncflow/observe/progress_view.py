@@ -159,7 +159,7 @@ def _phase(state: ProgressState) -> str:
 
 
 def _label(name: str) -> Text:
-    return Text(f" {name:<6}", "dim")
+    return Text(f" {name:<5} ", "dim")
 
 
 def _labelled(name: str, segments: Sequence[Text]) -> list[Text]:

@@ -105,9 +105,8 @@ class RunFolder:
 
     def close(self) -> None:
         """Let other processes have the folder. May be called twice."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        lock, self._lock = self._lock, None
+        _unlock(lock)
 
     def __enter__(self) -> Self:
         return self
@@ -123,15 +122,13 @@ class RunFolder:
 
     @classmethod
     def _claim(cls, path: Path, config: RunConfig, world: World) -> Self:
-        _refuse_strangers(path)
+        check_free(path, world)
         lock = _lock(path, world)
-        if _is_taken(path, world):
-            if lock is not None:
-                os.close(lock)
-            raise RunFolderError(
-                f"{path} already holds a run. Continue it: asyncflow resume {path.name}; "
-                "or choose another name: --name NAME"
-            )
+        try:
+            check_free(path, world)  # a second process may have come first, before the lock
+        except RunFolderError:
+            _unlock(lock)
+            raise
         state = first_state(path.name, config.recipe, world)
         folder = cls(path, config=config, state=state, world=world, lock=lock)
         folder._write()
@@ -143,6 +140,17 @@ class RunFolder:
         if self._world.is_real:
             for folder in (self.checkpoints, self.logs, self.path / "rollouts"):
                 folder.mkdir(exist_ok=True)
+
+
+def check_free(path: Path, world: World) -> None:
+    """Raise `RunFolderError` where a new run cannot have this folder."""
+    if _is_taken(path, world):
+        raise RunFolderError(
+            f"{path} already holds a run. Continue it: asyncflow resume {path.name}; "
+            "or choose another name: --name NAME"
+        )
+    if path.is_dir() and not (path / LOCK_FILE).exists() and any(path.iterdir()):
+        raise RunFolderError(f"{path} holds files that are not a run's: choose another name: --name NAME")
 
 
 def find_run(word: str, root: Path) -> Path:
@@ -193,6 +201,11 @@ def _lock(path: Path, world: World) -> int | None:
     return descriptor
 
 
+def _unlock(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
+
+
 def _owner(path: Path, world: World) -> str:
     try:
         return f" ({read_state(path, world.disk).pid})"
@@ -206,12 +219,6 @@ def _is_taken(path: Path, world: World) -> bool:
     except FileNotFoundError:
         return False
     return True
-
-
-def _refuse_strangers(path: Path) -> None:
-    """Do not write a run among files that belong to something else."""
-    if path.is_dir() and not (path / RUN_FILE).exists() and not (path / LOCK_FILE).exists() and any(path.iterdir()):
-        raise RunFolderError(f"{path} holds files that are not a run's: choose another name: --name NAME")
 
 
 def _checked(name: str) -> str:

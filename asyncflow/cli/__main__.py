@@ -1,0 +1,7 @@
+"""`python -m asyncflow.cli` is `asyncflow`."""
+
+import sys
+
+from asyncflow.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,140 @@
+"""What the commands print. Text comes from users and models, so none of it is read as markup."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from asyncflow.core.errors import AsyncFlowError, ConfigError
+from asyncflow.core.setting_list import Setting
+from asyncflow.core.settings import toml_value
+from asyncflow.observe.plain_text import short_time
+from asyncflow.observe.progress_state import ProgressState
+from asyncflow.observe.run_folder import list_runs
+from asyncflow.workflow.checkpoint_folder import checkpoint_step, list_checkpoints
+
+DEFAULT_ROOT = Path("runs")
+_DATE = re.compile(r"\d{4}-\d\d-\d\d-")
+
+
+def show_error(error: AsyncFlowError) -> None:
+    """The error on stderr: each problem of a configuration on its own line."""
+    console = Console(stderr=True)
+    text = Text("error: ", "bold red")
+    if isinstance(error, ConfigError) and len(error.problems) > 1:
+        text.append(f"{len(error.problems)} problems")
+        for problem in error.problems:
+            text.append(f"\n  {problem}")
+    else:
+        text.append(re.sub(" {3,}", ": ", str(error)) if isinstance(error, ConfigError) else str(error))
+    console.print(text, soft_wrap=True, highlight=False)
+
+
+def show_json(value: object) -> None:
+    """A value for other programs, on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def show_rows(rows: Sequence[tuple[str, str]], *, title: str = "") -> None:
+    """A title, and names with what belongs to them."""
+    console = Console()
+    if title:
+        console.print(Text(title, "bold"), soft_wrap=True, highlight=False)
+    table = Table.grid(padding=(0, 3, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(Text(f"  {name}", "cyan"), Text(value))
+    console.print(table, highlight=False)
+
+
+def show_settings(settings: Sequence[Setting]) -> None:
+    """Every setting by its section, with its default and what it does."""
+    console = Console()
+    for section, group in groupby(settings, key=lambda setting: setting.section):
+        table = Table.grid(padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True)
+        table.add_column()
+        for one in group:
+            name = Text(f"  {one.name}", "cyan").append(f"={_word(one)}", "default")
+            about = Text(one.description).append("" if one.expected == "text" else f"; {one.expected}", "dim")
+            table.add_row(name, about)
+        console.print(Text(f"\n{section or 'the run'}", "bold"))
+        console.print(table, highlight=False)
+
+
+def show_numbers(numbers: Mapping[str, float]) -> None:
+    """What an evaluation found."""
+    show_rows([(name.replace("_", " "), _number(name, value)) for name, value in numbers.items()])
+
+
+def show_summary(
+    folder: Path, *, recipe: str, steps: int, before: float | None, after: float | None, elapsed_s: float
+) -> None:
+    """How a run ended, and what to try next."""
+    console = Console()
+    done = Text("done ", "bold green").append(f"{steps} steps in {short_time(elapsed_s)}", "default")
+    if before is not None and after is not None:
+        done.append("   held-out accuracy ").append(f"{before:.1%} → {after:.1%}", "bold green")
+    console.print(done, soft_wrap=True, highlight=False)
+    word = run_word(folder)
+    own = "your own task: a file with defaults() and task(config)"
+    show_rows([("run folder", f"{folder}")])
+    show_rows(
+        [
+            (f"asyncflow eval {word} --pass-at 4", "how often one of four answers is right"),
+            (f"asyncflow export {word} my-model", "a folder that transformers and vLLM load"),
+            (f"asyncflow run {recipe} max_staleness=0", "the same without overlap: slower, never stale"),
+            ("asyncflow run my_recipe.py", own),
+        ],
+        title="next",
+    )
+
+
+def show_interrupted(state: ProgressState, root: Path) -> None:
+    """Where a run stands that was interrupted, and how to continue it."""
+    name = state.plan.name
+    text = Text("interrupted ", "bold yellow")
+    if not name:
+        text.append("before the run began")
+    else:
+        text.append(
+            f"after step {state.step}; {_kept(root / name)}. Continue: asyncflow resume {run_word(root / name)}"
+        )
+    Console(stderr=True).print(text, soft_wrap=True, highlight=False)
+
+
+def run_word(folder: Path) -> str:
+    """The shortest word that names a run on the command line: without its date where that is unique."""
+    if folder.parent != DEFAULT_ROOT:
+        return str(folder)
+    short = _DATE.sub("", folder.name)
+    return short if sum(short in run.name for run in list_runs(folder.parent)) == 1 else folder.name
+
+
+def _kept(folder: Path) -> str:
+    checkpoints = list_checkpoints(folder / "checkpoints")
+    if not checkpoints:
+        return "there is no checkpoint yet, so it would begin again"
+    return f"the checkpoint of step {checkpoint_step(checkpoints[-1])} is on disk"
+
+
+def _word(setting: Setting) -> str:
+    """The default as one would write it on the command line."""
+    value = setting.default
+    if isinstance(value, tuple):
+        return ",".join(str(part) for part in value)
+    return value if isinstance(value, str) else toml_value(value)
+
+
+def _number(name: str, value: float) -> str:
+    if "accuracy" in name or "pass" in name:
+        return f"{value:.1%}"
+    return f"{value:.0f}" if value == int(value) else f"{value:.4g}"
