@@ -42,10 +42,12 @@ FILE_WRITERS = {"write_text", "write_bytes", "touch", "unlink", "rename", "rmdir
 
 MAY_TOUCH_THE_WORLD = {
     "asyncflow/core/world.py": "it is the world",
+    "asyncflow/engines/rollout/process.py": "it owns the worker's process and the socket to it",
+    "asyncflow/engines/rollout/worker.py": "it is a process of its own, outside simulation",
     "asyncflow/plan/virtual.py": "it is the simulated world: it draws schedules from a seed",
     "asyncflow/workflow/checkpoint_folder.py": "a checkpoint appears by renaming a folder that engines wrote",
 }
-"""Files that may, each with the reason. An engine's worker is a process of its own, outside simulation."""
+"""Files that may, each with the reason."""
 
 MAY_START_TASKS = {
     "asyncflow/plan/virtual.py": "it is the event loop: the main task is the loop's own",
@@ -123,13 +125,14 @@ def writes_a_file(call: ast.Call, name: str) -> bool:
 
 def swallows_cancellation(tree: ast.Module) -> Iterator[int]:
     """A task that swallows its cancellation can't be stopped."""
+    raised = {name_of(node.exc) for node in ast.walk(tree) if isinstance(node, ast.Raise) and node.exc}
     for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.ExceptHandler)
-            and catches_cancellation(node.type)
-            and not any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
-        ):
-            yield node.lineno
+        if isinstance(node, ast.ExceptHandler) and catches_cancellation(node.type):
+            inside = list(ast.walk(node))
+            kept = {name_of(target) for inner in inside if isinstance(inner, ast.Assign) for target in inner.targets}
+            is_raised_here = any(isinstance(inner, ast.Raise) for inner in inside)
+            if not is_raised_here and not kept & raised:  # or kept, and raised later
+                yield node.lineno
     for call, name in calls(tree):
         if name.endswith("suppress") and any(catches_cancellation(argument) for argument in call.args):
             yield call.lineno
@@ -270,6 +273,7 @@ PLANTED: list[tuple[Rule, str]] = [
     (swallows_cancellation, "try: f()\nexcept (ValueError, CancelledError): pass"),
     (swallows_cancellation, "try: f()\nexcept BaseException as e: g(e)"),
     (swallows_cancellation, "try: f()\nexcept: pass"),
+    (swallows_cancellation, "try: f()\nexcept BaseException as e: kept = e\nif kept: raise ValueError"),
     (swallows_cancellation, "with contextlib.suppress(asyncio.CancelledError): f()"),
     (is_too_long, "def f():\n" + "    g()\n" * MAX_FUNCTION_LINES),
     (lacks_a_docstring, "x = 1"),
@@ -284,6 +288,7 @@ ALLOWED: list[tuple[Rule, str]] = [
     (touches_the_world, "open(path)\npath.open('rb')\npath.read_text()\nworld.rng('x').random()\nworld.now_s()"),
     (touches_the_world, "world.disk.write(path, data)"),
     (swallows_cancellation, "try: f()\nexcept asyncio.CancelledError:\n    g()\n    raise"),
+    (swallows_cancellation, "try: f()\nexcept BaseException as e: kept = e\nif kept: raise kept"),
     (swallows_cancellation, "try: f()\nexcept Exception: pass"),
     (is_too_long, "def f():\n" + "    g()\n" * (MAX_FUNCTION_LINES - 1)),
     (lacks_a_docstring, "'''Module.'''\ndef _f(): pass\nclass _C: pass"),

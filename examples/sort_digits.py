@@ -1,0 +1,39 @@
+"""Sort eight digits: `asyncflow run examples/sort_digits.py`."""
+
+from pathlib import Path
+
+from asyncflow.core.config import RunConfig, SamplingConfig, TrainConfig, WarmupConfig
+from asyncflow.core.types import Demonstration, Prompt
+from asyncflow.core.world import World
+from asyncflow.recipes.recipe import Task
+
+
+def defaults() -> RunConfig:
+    return RunConfig(
+        steps=30,
+        sampling=SamplingConfig(max_tokens=12),
+        train=TrainConfig(learning_rate=5e-4),
+        warmup=WarmupConfig(steps=80, batch_size=64, learning_rate=2e-3),
+    )
+
+
+def task(config: RunConfig) -> Task:
+    numbers = World(seed=config.seed).rng("digits").permutation(10**6)[:30_000]
+    texts = [f"{number * 97:08d}" for number in numbers]
+    prompts = [Prompt(id=text, text=f"{text}>", answer="".join(sorted(text))) for text in texts]
+    return Task(
+        held_out=prompts[:1_000],
+        train=prompts[1_000:20_000],
+        demonstrations=[Demonstration(prompt=prompt, completion=prompt.answer) for prompt in prompts[20_000:]],
+        reward=lambda prompt, completion: float(completion == prompt.answer),
+        model=lambda folder: build_model(folder, config.seed),
+    )
+
+
+def build_model(folder: Path, seed: int) -> str:
+    from asyncflow.engines.models import build_character_model
+
+    build_character_model(
+        folder, alphabet="0123456789>", layers=2, width=96, heads=4, intermediate=256, max_len=32, seed=seed
+    )
+    return str(folder)
