@@ -113,13 +113,13 @@ class Worker:
                 self._handle(message)
             if not self._decoder.is_idle:
                 self._step()
+            self._link.send(self._busy.report(is_idle=self._decoder.is_idle))
 
     def _step(self) -> None:
         start_s = time.monotonic()
         progress = self._decoder.step()
         self._busy.add(start_s, time.monotonic(), progress.num_tokens)
-        busy = self._busy.report(is_idle=self._decoder.is_idle)
-        self._link.send([*progress.chunks, *progress.finished, *progress.failed, *busy])
+        self._link.send([*progress.chunks, *progress.finished, *progress.failed])
 
     def _handle(self, message: ToWorker) -> None:
         match message:
