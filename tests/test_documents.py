@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from asyncflow.cli.app import app
 from asyncflow.core.settings import resolve
 from asyncflow.recipes.recipe import check_task, list_recipes, load_recipe
 
@@ -60,6 +61,15 @@ def test_make_targets_exist(path: Path) -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"(?:^|`)make ([a-z]+)", path.read_text(), re.MULTILINE))
     assert named <= targets
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_exist(path: Path) -> None:
+    commands = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
+    text = path.read_text()
+    lines = "\n".join(re.findall(r"```console\n(.*?)```", text, re.DOTALL) + re.findall(r"`([^`\n]+)`", text))
+    named = set(re.findall(r"^(?:\S*/)?asyncflow ([a-z]+)", lines, re.MULTILINE))
+    assert named <= commands
 
 
 def test_every_tool_that_tests_is_pinned() -> None:
