@@ -139,7 +139,7 @@ class TorchTrainEngine:
 
     async def logprobs(self, batch: MicroBatch) -> FloatArray:
         """Log-probability of every token given those before it in its sample, `[T]`; 0 for the first."""
-        return await self._compute.run(lambda: self._scorer.logprobs(batch))
+        return await self._busy("logprobs", lambda: self._scorer.logprobs(batch))
 
     async def export_weights(self) -> WeightsRef:
         """Write the current weights into the channel, in the rollout engine's dtype."""
@@ -188,15 +188,15 @@ class TorchTrainEngine:
         self._optimizer = Optimizer(self._parameters, phase)
         self._optimizer.forget_gradients()
         self._sums = StepSums()
-        self._scorer = Scorer(
-            model=self._loaded.model, forward=self._loaded.forward, temperature=phase.temperature, half=self._half
-        )
+        self._scorer = self._make_scorer(phase)
 
     def _change(self, phase: Phase) -> None:
         self._optimizer.change_phase(phase)
-        self._scorer = Scorer(
-            model=self._loaded.model, forward=self._loaded.forward, temperature=phase.temperature, half=self._half
-        )
+        self._scorer = self._make_scorer(phase)
+
+    def _make_scorer(self, phase: Phase) -> Scorer:
+        loaded = self._loaded
+        return Scorer(model=loaded.model, forward=loaded.forward, temperature=phase.temperature, half=self._half)
 
     def _accumulate(self, batch: MicroBatch, loss: Loss[Tensor]) -> None:
         if batch.num_tokens == 0:  # ranks get equally many micro-batches, so some are empty

@@ -1,0 +1,86 @@
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from asyncflow.core.errors import ConfigError
+from asyncflow.engines.models import build_character_model, build_text_model, load_tokenizer
+
+TEXT_SIZES = {
+    "vocab_size": 300, "layers": 1, "width": 32, "heads": 4, "kv_heads": 2, "intermediate": 48, "max_len": 64
+}  # fmt: skip
+
+
+def build_characters(folder: Path, alphabet: str = "01+= \n", seed: int = 1) -> None:
+    build_character_model(
+        folder, alphabet=alphabet, layers=1, width=32, heads=4, intermediate=48, max_len=64, seed=seed
+    )
+
+
+def test_a_character_model_round_trips_and_puts_nothing_between_characters(tmp_path: Path) -> None:
+    build_characters(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    text = "1 +  10=\n"
+    assert tokenizer.encode("01+") == [0, 1, 2]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode([1, tokenizer.eos_token_id]) == "1<eos>"
+    assert tokenizer.decode([1, tokenizer.eos_token_id], skip_special_tokens=True) == "1"
+    assert len(tokenizer) == AutoModelForCausalLM.from_pretrained(tmp_path).config.vocab_size == 8
+
+
+def test_a_character_outside_the_alphabet_raises(tmp_path: Path) -> None:
+    build_characters(tmp_path)
+    with pytest.raises(Exception, match="Missing"):
+        load_tokenizer(str(tmp_path)).encode("7")
+
+
+def test_an_alphabet_names_each_character_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="twice"):
+        build_characters(tmp_path, alphabet="011")
+
+
+def test_a_text_model_encodes_any_text(tmp_path: Path) -> None:
+    build_text_model(tmp_path, corpus=["some words, some 12 numbers"] * 9, seed=1, **TEXT_SIZES)
+    tokenizer = load_tokenizer(str(tmp_path))
+    text = "  some wörds\t\n 12 – 漢字 🙂"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode("some words")) < 10
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert len(tokenizer) == model.config.vocab_size
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert tokenizer.eos_token_id == model.config.eos_token_id
+
+
+def test_a_text_model_needs_room_for_all_bytes(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="258"):
+        build_text_model(tmp_path, corpus=[], seed=1, **TEXT_SIZES | {"vocab_size": 100})
+
+
+def test_weights_follow_the_seed_and_nothing_else(tmp_path: Path) -> None:
+    before = torch.random.get_rng_state()
+    for name, seed in [("a", 1), ("b", 1), ("c", 2)]:
+        build_characters(tmp_path / name, seed=seed)
+        torch.rand(1)
+    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
+    assert a == b != c
+    torch.random.set_rng_state(before)
+
+
+@pytest.mark.parametrize(("name", "problem"), [("/not/there", "does not exist"), ("./nor here", "does not exist")])
+def test_a_missing_folder_is_named(name: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        load_tokenizer(name)
+
+
+def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
+    build_characters(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(config.read_text().replace('"eos_token": "<eos>",', ""))
+    with pytest.raises(ConfigError, match="no end token"):
+        load_tokenizer(str(tmp_path))
