@@ -174,9 +174,8 @@ def _show_plan(recipe: Recipe, config: RunConfig, root: Path) -> None:
         check_free(root / config.name, World(seed=config.seed))
     from asyncflow.recipes import runner
 
-    rows = [("recipe", recipe.summary), *runner.dry_run(recipe, config)]
-    where = ("run folder", str(root / (config.name or "a new name")))
-    output.show_rows([*rows, where], title="This would run. Nothing was started.")
+    where = ("run folder", str(root / (config.name or "(a new name)")))
+    output.show_rows([*runner.dry_run(recipe, config), where], title="This would run. Nothing was started.")
 
 
 def _watch(progress: Progress, root: Path, work: Callable[[], RunSummary]) -> RunSummary:

@@ -27,7 +27,7 @@ _DATE = re.compile(r"\d{4}-\d\d-\d\d-")
 def show_error(error: AsyncFlowError) -> None:
     """The error on stderr: each problem of a configuration on its own line."""
     console = Console(stderr=True)
-    text = Text("error: ", "bold red")
+    text = Text.assemble(("error: ", "bold red"))
     if isinstance(error, ConfigError) and len(error.problems) > 1:
         text.append(f"{len(error.problems)} problems")
         for problem in error.problems:
@@ -63,8 +63,8 @@ def show_settings(settings: Sequence[Setting]) -> None:
         table.add_column(no_wrap=True)
         table.add_column()
         for one in group:
-            name = Text(f"  {one.name}", "cyan").append(f"={_word(one)}", "default")
-            about = Text(one.description).append("" if one.expected == "text" else f"; {one.expected}", "dim")
+            name = Text.assemble((f"  {one.name}", "cyan"), f"={_word(one)}")
+            about = Text.assemble(one.description, ("" if one.expected == "text" else f"; {one.expected}", "dim"))
             table.add_row(name, about)
         console.print(Text(f"\n{section or 'the run'}", "bold"))
         console.print(table, highlight=False)
@@ -80,7 +80,7 @@ def show_summary(
 ) -> None:
     """How a run ended, and what to try next."""
     console = Console()
-    done = Text("done ", "bold green").append(f"{steps} steps in {short_time(elapsed_s)}", "default")
+    done = Text.assemble(("done ", "bold green"), f"{steps} steps in {short_time(elapsed_s)}")
     if before is not None and after is not None:
         done.append("   held-out accuracy ").append(f"{before:.1%} → {after:.1%}", "bold green")
     console.print(done, soft_wrap=True, highlight=False)
@@ -101,7 +101,7 @@ def show_summary(
 def show_interrupted(state: ProgressState, root: Path) -> None:
     """Where a run stands that was interrupted, and how to continue it."""
     name = state.plan.name
-    text = Text("interrupted ", "bold yellow")
+    text = Text.assemble(("interrupted ", "bold yellow"))
     if not name:
         text.append("before the run began")
     else:

@@ -90,6 +90,8 @@ class ProgressState:
             self.latest |= numbers
             self._keep_pace(numbers)
         if kind == "step":
+            # Counted with the rest of the record: a live count would run ahead of what was admitted.
+            self.latest["rolled_out"] = float(self.num_rolled_out)
             self._note(self.rewards, numbers.get("reward"))
             self._note(self.lengths, numbers.get("length"))
 

@@ -21,11 +21,10 @@ GAP = "   "
 
 def header(plan: RunPlan) -> list[Text]:
     """The lines before the first step."""
-    title = Text("asyncflow", "bold cyan").append(f" {asyncflow.__version__}", "cyan")
+    title = Text.assemble(("asyncflow", "bold cyan"), (f" {asyncflow.__version__}", "cyan"))
     for fact in [f"run {plan.name}", *plan.title]:
         title.append(" · ", "dim").append(fact, "bold" if fact.startswith("run ") else "")
-    facts = [*plan.plan, *([f"staleness ≤ {plan.bound}"] if plan.bound is not None else [])]
-    return [title, *_labelled("plan", [Text(GAP.join(facts))])]
+    return [title, *_labelled("plan", [Text(GAP.join(plan.plan))] if plan.plan else [])]
 
 
 def frame(state: ProgressState, width: int) -> Text:
@@ -42,7 +41,7 @@ def step_line(state: ProgressState) -> str:
 
 def warning(message: str) -> Text:
     """A line that is not overlooked."""
-    return Text("! ", "bold yellow").append(one_line(message, 400), "yellow")
+    return Text.assemble(("! ", "bold yellow"), (one_line(message, 400), "yellow"))
 
 
 def _step(state: ProgressState) -> list[Text]:
@@ -68,12 +67,12 @@ def _measures(state: ProgressState, *, spark: int) -> Iterator[Text]:
 
 def _flow(state: ProgressState) -> list[Text]:
     numbers = state.latest
-    if "admitted" not in numbers:
-        return _labelled("flow", [Text(f"rolled out {state.num_rolled_out}")] if state.num_rolled_out else [])
+    if state.phase != "step" or "admitted" not in numbers:
+        return []
     trained = int(numbers.get("trained", 0))
     chain = [f"admitted {numbers['admitted']:.0f}"]
-    if state.num_rolled_out >= trained:  # a resumed run has not seen those before
-        chain.append(f"rolled out {state.num_rolled_out}")
+    if numbers.get("rolled_out", -1) >= trained:  # a resumed run has not seen those before
+        chain.append(f"rolled out {numbers['rolled_out']:.0f}")
     reasons = ", ".join(f"{reason} {count}" for reason, count in state.dropped.items())
     dropped = [Text(f"dropped {numbers.get('dropped', 0):.0f}"), *([Text(f"({reasons})")] if reasons else [])]
     queue = _number(state, "queued_groups", "queue", "{:.0f}")
@@ -81,6 +80,8 @@ def _flow(state: ProgressState) -> list[Text]:
 
 
 def _busy(state: ProgressState) -> list[Text]:
+    if state.phase != "step":
+        return []
     roles = {"train": "train_busy", "rollout": "rollout_busy", "both": "both_busy"}
     shares = [f"{name} {100 * state.latest[key]:.0f} %" for name, key in roles.items() if key in state.latest]
     segments = [Text(" · ".join(shares))] if shares else []
@@ -100,7 +101,7 @@ def _glimpse(glimpse: Glimpse, room: int) -> Text:
     prompt = one_line(glimpse.prompt, max(room // 2, room - len(glimpse.completion)))
     completion = one_line(glimpse.completion, max(8, room - len(prompt)))
     verdict, style = _verdict(glimpse.reward)
-    return Text(f'"{prompt}"', "dim").append(" → ").append(f'"{completion}"', "default").append(f" {verdict}", style)
+    return Text.assemble((f'"{prompt}"', "dim"), " → ", f'"{completion}"', (f" {verdict}", style))
 
 
 def _verdict(reward: float) -> tuple[str, str]:
@@ -142,7 +143,7 @@ def _bar(done: float) -> Text:
     halves = round(done * BAR_WIDTH * 2)
     full, half = divmod(halves, 2)
     rest = BAR_WIDTH - full - half
-    return Text("━" * full + "╸" * half, "green").append("─" * rest, "dim")
+    return Text.assemble(("━" * full + "╸" * half, "green"), ("─" * rest, "dim"))
 
 
 def _done(state: ProgressState) -> float:
@@ -159,7 +160,7 @@ def _phase(state: ProgressState) -> str:
 
 
 def _label(name: str) -> Text:
-    return Text(f" {name:<5} ", "dim")
+    return Text.assemble((f" {name:<5} ", "dim"))
 
 
 def _labelled(name: str, segments: Sequence[Text]) -> list[Text]:

@@ -7,6 +7,7 @@ runs/2026-11-20-blue-fox/
     spans.jsonl     who was busy with what, and when
     rollouts/       what the model wrote, readable
     checkpoints/    step-000040/ …
+    model/          what the recipe built, where it built one
     logs/           what the engines' processes said
     lock            held by the process that writes
 """

@@ -114,7 +114,7 @@ def test_environment_values_are_not_written(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_runs_are_found_by_path_by_name_and_by_a_unique_part(tmp_path: Path) -> None:
-    for name in ("2026-01-01-blue-fox", "2026-01-02-blue-fox-two", "2026-01-03-red-owl"):
+    for name in ("2026-01-01-blue-fox", "2026-01-01-blue-fox-two", "2026-01-03-red-owl"):
         create(tmp_path, name).close()
     assert find_run("red", tmp_path).name == "2026-01-03-red-owl"
     assert find_run("2026-01-01-blue-fox", tmp_path).name == "2026-01-01-blue-fox"

@@ -75,6 +75,8 @@ def test_the_newest_are_kept_by_number_not_by_name(tmp_path: Path) -> None:
     begin_draft(tmp_path, 7)
     prune(tmp_path, keep=2)
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["step-1000000", "step-999999"]
+    prune(tmp_path, keep=1)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["step-1000000"]
 
 
 def test_only_drafts_are_published(tmp_path: Path) -> None:
