@@ -100,14 +100,7 @@ def show_summary(
 
 def show_interrupted(state: ProgressState, root: Path) -> None:
     """Where a run stands that was interrupted, and how to continue it."""
-    name = state.plan.name
-    text = Text.assemble(("interrupted ", "bold yellow"))
-    if not name:
-        text.append("before the run began")
-    else:
-        text.append(
-            f"after step {state.step}; {_kept(root / name)}. Continue: asyncflow resume {run_word(root / name)}"
-        )
+    text = Text.assemble(("interrupted ", "bold yellow"), _standing(root / state.plan.name, state))
     Console(stderr=True).print(text, soft_wrap=True, highlight=False)
 
 
@@ -119,11 +112,12 @@ def run_word(folder: Path) -> str:
     return short if sum(short in run.name for run in list_runs(folder.parent)) == 1 else folder.name
 
 
-def _kept(folder: Path) -> str:
+def _standing(folder: Path, state: ProgressState) -> str:
     checkpoints = list_checkpoints(folder / "checkpoints")
-    if not checkpoints:
-        return "there is no checkpoint yet, so it would begin again"
-    return f"the checkpoint of step {checkpoint_step(checkpoints[-1])} is on disk"
+    if not state.plan.name or not checkpoints:
+        return "before the first checkpoint: there is nothing to continue, start it again"
+    kept = f"the checkpoint of step {checkpoint_step(checkpoints[-1])} is on disk"
+    return f"after step {state.step}; {kept}. Continue: asyncflow resume {run_word(folder)}"
 
 
 def _word(setting: Setting) -> str:

@@ -125,10 +125,7 @@ def test_an_interrupted_run_says_how_to_continue(runner: FakeRunner, capsys: Out
     runner.error = KeyboardInterrupt()
     assert main(["run", "quickstart", "--name", "one"]) == 130
     err = capsys.readouterr().err
-    assert err == (
-        "interrupted after step 3; there is no checkpoint yet, so it would begin again. "
-        "Continue: asyncflow resume one\n"
-    )
+    assert err == ("interrupted before the first checkpoint: there is nothing to continue, start it again\n")
     publish(begin_draft(Path("runs/one/checkpoints"), 2), RealDisk())
     assert main(["resume", "one", "steps=9"]) == 130
     assert "after step 3; the checkpoint of step 2 is on disk. Continue:" in capsys.readouterr().err
