@@ -112,7 +112,7 @@ def _verdict(reward: float) -> tuple[str, str]:
 
 def _staleness(state: ProgressState) -> Iterator[Text]:
     numbers = state.latest
-    if "staleness_mean" in numbers:
+    if state.phase == "step" and "staleness_mean" in numbers:
         bound = f" ≤ {state.plan.bound}" if state.plan.bound is not None else ""
         most = f" (max {numbers['staleness_max']:.0f}{bound})" if "staleness_max" in numbers else ""
         yield Text(f"staleness {numbers['staleness_mean']:.2f}{most}")

@@ -57,7 +57,9 @@ def group(completion: str, reward: float, ticket: int = 0) -> Group:
 def feed(progress: Progress, steps: int = 80) -> None:
     progress.open(PLAN)
     for number in (0, 50, 100):
-        progress.record("warmup", {"step": number, "steps": 100, "loss": 1.5, "elapsed_s": number / 10})
+        progress.record(
+            "warmup", {"step": number, "steps": 100, "loss": 1.5, "staleness_mean": 0.0, "elapsed_s": number / 10}
+        )
     for number in range(1, steps + 1):
         progress.record("step", step(number))
     progress.record("evaluation", {"step": steps, "accuracy": 0.7383})
