@@ -10,9 +10,9 @@ from asyncflow.recipes.recipe import Task
 
 def defaults() -> RunConfig:
     return RunConfig(
-        steps=30,
+        steps=60,
         sampling=SamplingConfig(max_tokens=12),
-        train=TrainConfig(learning_rate=5e-4),
+        train=TrainConfig(learning_rate=2e-4),
         warmup=WarmupConfig(steps=80, batch_size=64, learning_rate=2e-3),
     )
 

@@ -51,16 +51,16 @@ def defaults() -> RunConfig:
         recipe="gsm8k",
         model="tiny",
         data="openai/gsm8k",
-        steps=100,
+        steps=20,
         max_staleness=1,
-        groups_per_step=16,
+        groups_per_step=8,
         group_size=8,
-        sampling=SamplingConfig(temperature=1.0, max_tokens=256),
-        rollout=RolloutConfig(max_running=128),
-        train=TrainConfig(learning_rate=1e-4, micro_batch_tokens=8_192),
+        sampling=SamplingConfig(temperature=1.0, max_tokens=160),
+        rollout=RolloutConfig(max_running=64),
+        train=TrainConfig(learning_rate=1e-4, micro_batch_tokens=4_096),
         algorithm=AlgorithmConfig(clip_low=0.2, clip_high=0.28),
         warmup=WarmupConfig(steps=300, batch_size=32, learning_rate=FROM_SCRATCH_LEARNING_RATE),
-        evaluate=EvaluateConfig(every=10, num_prompts=128, final_num_prompts=1_024),
+        evaluate=EvaluateConfig(every=10, num_prompts=64, final_num_prompts=256),
     )
 
 
