@@ -58,6 +58,11 @@ class TensorSpec:
         """Size of the tensor."""
         return prod(self.shape) * CARRIERS[self.dtype].itemsize
 
+    def fits(self, slot_bytes: int) -> bool:
+        """Whether it is a known tensor within a slot of this size."""
+        is_sane = self.dtype in CARRIERS and self.offset >= 0 and all(size >= 0 for size in self.shape)
+        return is_sane and self.offset + self.num_bytes <= slot_bytes
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
@@ -95,8 +100,8 @@ class Manifest:
             manifest = msgspec.json.decode(data, type=cls)
         except msgspec.ValidationError as error:
             raise ConfigError(f"damaged weight manifest: {error}") from error
-        if any(spec.offset + spec.num_bytes > manifest.slot_bytes for spec in manifest.tensors):
-            raise ConfigError("damaged weight manifest: a tensor lies outside its slot")
+        if not all(spec.fits(manifest.slot_bytes) for spec in manifest.tensors):
+            raise ConfigError("damaged weight manifest: a tensor of unknown dtype or outside its slot")
         return manifest
 
 

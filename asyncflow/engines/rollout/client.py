@@ -38,6 +38,7 @@ from asyncflow.engines.rollout.messages import (
     SetThreads,
     Start,
     WeightsLive,
+    completion,
     floats,
     ints,
 )
@@ -170,10 +171,10 @@ class TorchRolloutEngine:
     async def aclose(self) -> None:
         """End the child; takes at most a few seconds, leaves no process. May be called twice."""
         self._is_closing = True
-        self._ready.cancel()
+        is_listening = not self._ready.cancel()  # else it is still opening the model
         if self._child is not None:
             self._connection.send(Close())
-            await self._child.stop(CLOSE_LIMIT_S)
+            await self._child.stop(CLOSE_LIMIT_S if is_listening else 0)
 
     def _check(self, token_ids: IntArray, params: SamplingParams) -> SamplingParams:
         """The parameters, `max_tokens` cut to what fits into the context."""
@@ -212,7 +213,7 @@ class TorchRolloutEngine:
             case Chunk():
                 self._stream(message)
             case Finished():
-                _answer(self._completions, message.request, _completion(message))
+                _answer(self._completions, message.request, completion(message))
             case WeightsLive():
                 _answer(self._loads, message.request, message)
             case Failed():
@@ -262,15 +263,6 @@ def _answer(waiting: Waiting[AnswerT], request: int, answer: AnswerT) -> None:
     future = waiting.pop(request, None)
     if future is not None and not future.done():
         future.set_result(answer)
-
-
-def _completion(message: Finished) -> Completion:
-    return Completion(
-        token_ids=ints(message.token_ids),
-        logprobs=floats(message.logprobs),
-        versions=message.versions,
-        finish_reason=message.finish_reason,
-    )
 
 
 @asynccontextmanager

@@ -157,6 +157,7 @@ class Decoder:
             self._release(ended)
         return Progress(finished=finished, failed=failed, chunks=chunks, num_tokens=len(done))
 
+    @torch.inference_mode()
     def _release(self, rows: list[int]) -> None:
         moves = self._scheduler.release(rows)
         if moves:

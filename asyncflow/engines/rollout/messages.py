@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from asyncflow.core.errors import EngineLostError
-from asyncflow.core.types import FinishReason, FloatArray, IntArray, SamplingParams, VersionSpan, WeightsRef
+from asyncflow.core.types import Completion, FinishReason, FloatArray, IntArray, SamplingParams, VersionSpan, WeightsRef
 
 MAX_FRAME_BYTES = 256 * 1024 * 1024
 LENGTH_BYTES = 4
@@ -182,3 +182,13 @@ def ints(data: bytes) -> IntArray:
 def floats(data: bytes) -> FloatArray:
     """A float32 array of its own."""
     return np.frombuffer(data, "<f4").astype(np.float32)
+
+
+def completion(message: Finished) -> Completion:
+    """What a caller gets."""
+    return Completion(
+        token_ids=ints(message.token_ids),
+        logprobs=floats(message.logprobs),
+        versions=message.versions,
+        finish_reason=message.finish_reason,
+    )
