@@ -85,16 +85,15 @@ def show_summary(
         done.append("   held-out accuracy ").append(f"{before:.1%} → {after:.1%}", "bold green")
     console.print(done, soft_wrap=True, highlight=False)
     word = run_word(folder)
-    own = "your own task: a file with defaults() and task(config)"
     show_rows([("run folder", f"{folder}")])
     show_rows(
         [
-            (f"asyncflow eval {word} --pass-at 4", "how often one of four answers is right"),
-            (f"asyncflow export {word} my-model", "a folder that transformers and vLLM load"),
-            (f"asyncflow run {recipe} max_staleness=0", "the same without overlap: slower, never stale"),
-            ("asyncflow run my_recipe.py", own),
+            (f"asyncflow eval {word} --pass-at 4", "is one of four answers right?"),
+            (f"asyncflow export {word} my-model", "for transformers and vLLM"),
+            (f"asyncflow run {recipe} max_staleness=0", "without overlap, to compare"),
+            ("asyncflow run my_recipe.py", "your own defaults() and task()"),
         ],
-        title="next",
+        title="\nnext",
     )
 
 
