@@ -119,7 +119,9 @@ def test_reported_sums_are_over_sampled_tokens_only() -> None:
     )
     now_T = random_logprobs(batch, 2)
     junk_T = torch.where(torch.tensor(batch[LOSS_MASK]), now_T, torch.nan)  # must not reach any sum
-    sums = loss(make_inputs(batch, loss, junk_T)).sums
+    output = loss(make_inputs(batch, loss, junk_T))
+    assert torch.isfinite(output.loss)
+    sums = output.sums
     sampled = batch[LOSS_MASK].astype(bool)
     log_ratio = (now_T.numpy() - batch[LOGPROBS])[sampled]
     ratio = np.exp(log_ratio)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -113,8 +114,9 @@ class TorchTrainEngine:
         """Go on with a fresh optimizer, no gradients, and version 0 of the same lineage."""
 
         def begin() -> None:
-            self._version = PolicyVersion(step=0, lineage=self._version.lineage)
-            self._begin(phase)
+            with self._weights_lock:  # against an export, which reads the version
+                self._version = PolicyVersion(step=0, lineage=self._version.lineage)
+                self._begin(phase)
 
         await self._compute.run(begin)
 
@@ -160,10 +162,11 @@ class TorchTrainEngine:
         """Wait for what is being computed, then release threads and channel. May be called twice."""
         if self._is_open:
             self._is_open = False
-            for thread in (self._compute, self._exports):
-                await thread.run(lambda: None)
-                thread.close()
-            self.channel.close()
+            with ExitStack() as releases:  # also when this call is cancelled
+                for release in (self.channel.close, self._exports.close, self._compute.close):
+                    releases.callback(release)
+                for thread in (self._compute, self._exports):
+                    await thread.run(lambda: None)
 
     async def _busy(self, name: str, call: Callable[[], ResultT]) -> ResultT:
         """Run a call in the compute thread, on the threads that are ours now, and report when it was busy."""

@@ -39,6 +39,9 @@ PACKED_MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
     "qwen2, grouped heads": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=2)),
     "qwen3, one key head": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, num_key_value_heads=1, head_dim=8)),
+    "gpt2, learnt positions": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=40, n_embd=32, n_layer=1, n_head=2, n_positions=64)
+    ),
 }
 
 
@@ -71,27 +74,22 @@ def test_packed_equals_padded_forward_and_backward(name: str) -> None:
     torch.testing.assert_close(gradients(model), gradients(reference), rtol=1e-4, atol=1e-5)
 
 
-OTHER_MODELS = {
-    "a sliding window": lambda: MistralForCausalLM(MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=4)),
-    "gpt2, learnt positions": lambda: GPT2LMHeadModel(
-        GPT2Config(vocab_size=40, n_embd=32, n_layer=1, n_head=2, n_positions=64)
-    ),
-}
+def make_windowed_model() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return MistralForCausalLM(MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=4)).eval()
 
 
-@pytest.mark.parametrize("name", OTHER_MODELS)
-def test_whatever_is_chosen_gives_the_models_own_logits(name: str) -> None:
-    model = OTHER_MODELS[name]().eval()
+def test_padded_gives_the_models_own_logits_sample_by_sample() -> None:
+    model = make_windowed_model()
     lengths_S = np.array([11, 3, 20], np.int32)
     token_ids_T = torch.arange(34) % 40
     samples = torch.split(token_ids_T, lengths_S.tolist())
     expected = torch.cat([model(input_ids=sample[None]).logits[0] for sample in samples])
-    chosen = choose_forward(model)
-    torch.testing.assert_close(chosen(model, token_ids_T, lengths_S, torch.arange(34)), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(padded(model, token_ids_T, lengths_S, torch.arange(34)), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_that_needs_more_than_causal_attention_is_padded_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    model = OTHER_MODELS["a sliding window"]().eval()
+    model = make_windowed_model()
     own_attention = model.config._attn_implementation
     with caplog.at_level(logging.WARNING):
         assert choose_forward(model) is padded
