@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from math import sqrt
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -86,6 +87,7 @@ def build_character_model(
         num_attention_heads=heads,
         num_key_value_heads=heads,
         max_position_embeddings=max_len,
+        initializer_range=initial_std(width),
         tie_word_embeddings=tie_embeddings,
         bos_token_id=None,
         eos_token_id=vocabulary[END],
@@ -130,6 +132,7 @@ def build_text_model(
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         max_position_embeddings=max_len,
+        initializer_range=initial_std(width),
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -141,6 +144,18 @@ def build_text_model(
     with progress_bars_hidden():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def initial_std(width: int) -> float:
+    """Standard deviation of the first weights: 0.7 / sqrt(width).
+
+    Transformers' 0.02 suits widths near 1,200. At width 128 it left the quickstart's model
+    at 8 % where 0.06 reaches 38 %, after the same 400 steps.
+
+    >>> round(initial_std(128), 3)
+    0.062
+    """
+    return 0.7 / sqrt(width)
 
 
 def load_tokenizer(name: str) -> TextTokenizer:

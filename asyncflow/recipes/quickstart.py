@@ -56,7 +56,7 @@ def defaults() -> RunConfig:
         rollout=RolloutConfig(max_running=256),
         train=TrainConfig(learning_rate=2e-4, betas=(0.9, 0.99)),
         algorithm=AlgorithmConfig(clip_low=0.2, clip_high=0.28),
-        warmup=WarmupConfig(steps=400, batch_size=64, learning_rate=2e-3),
+        warmup=WarmupConfig(steps=350, batch_size=64, learning_rate=2e-3),
         evaluate=EvaluateConfig(every=5, num_prompts=256, final_num_prompts=1_024),
     )
 
