@@ -32,7 +32,7 @@ check: $(VENV)/.ready-dev ## format, lint, types, layers, fast tests
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy --no-error-summary
 	@$(BIN)/python -m pytest -q tests/test_layers.py tests/test_conventions.py
-	@$(BIN)/python -m pytest -q -m "not slow and not soak" \
+	@$(BIN)/python -m pytest -q -n auto -m "not slow and not soak" \
 	    --deselect tests/test_layers.py --deselect tests/test_conventions.py $(ARGS)
 
 format: $(VENV)/.ready-dev ## format, and repair what the linter can
