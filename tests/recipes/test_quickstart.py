@@ -76,7 +76,8 @@ def test_the_task_is_complete(config: RunConfig, quickstart: Task) -> None:
     check_task(quickstart, config)
     assert len(quickstart.train) == 20_000
     assert len(quickstart.held_out) == 2_048
-    assert len({shown.prompt.id for shown in quickstart.demonstrations}) == config.warmup.steps * config.warmup.batch_size
+    shown = {demonstration.prompt.id for demonstration in quickstart.demonstrations}
+    assert len(shown) == config.warmup.steps * config.warmup.batch_size
 
 
 def test_held_out_sums_are_trained_on_in_neither_order(quickstart: Task) -> None:
