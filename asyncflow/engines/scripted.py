@@ -30,7 +30,7 @@ from asyncflow.core.types import (
     VersionSpan,
     WeightsRef,
 )
-from asyncflow.core.world import World, derive_seed
+from asyncflow.core.world import World
 
 END_TOKEN = 0
 
@@ -71,7 +71,7 @@ class ScriptedRollout:
         self, token_ids: IntArray, params: SamplingParams, *, session: str, on_tokens: OnTokens | None = None
     ) -> Completion:
         """Draw a completion; each token carries the version that was live when it was due."""
-        rng = np.random.default_rng(derive_seed(self.world.seed, "completion", params.seed))
+        rng = self.world.rng("completion", params.seed)
         num_tokens = min(self.script.num_tokens(rng), params.max_tokens)
         token_s = self.script.completion_s(rng) / num_tokens
         fails, crashes = rng.random() < self.script.failure_rate, rng.random() < self.script.crash_rate
@@ -101,7 +101,7 @@ class ScriptedRollout:
 
     async def load_weights(self, weights: WeightsRef) -> PolicyVersion:
         """Take the drawn time; completions go on meanwhile under the old weights."""
-        rng = np.random.default_rng(derive_seed(self.world.seed, "load", weights.version.step))
+        rng = self.world.rng("load", weights.version.step)
         await asyncio.sleep(self.script.load_s(rng))
         self.num_loads += 1
         self.live = weights.version
@@ -131,7 +131,7 @@ class ScriptedTrainer:
 
     async def accumulate(self, batch: MicroBatch, loss: Loss[FloatArray]) -> None:
         """Take the drawn time and remember the rows."""
-        rng = np.random.default_rng(derive_seed(self.world.seed, "accumulate", self.step, self._num_tokens))
+        rng = self.world.rng("accumulate", self.step, self._num_tokens)
         await self._busy("accumulate", self.script.accumulate_s(rng, batch.num_tokens))
         self._num_tokens += batch.num_tokens
         self._num_samples += len(batch.rows)
@@ -139,7 +139,7 @@ class ScriptedTrainer:
 
     async def apply(self, denominator: float) -> StepReport:
         """Take the drawn time; the version grows by 1."""
-        rng = np.random.default_rng(derive_seed(self.world.seed, "apply", self.step))
+        rng = self.world.rng("apply", self.step)
         await self._busy("apply", self.script.apply_s(rng))
         self.step += 1
         report = StepReport(
