@@ -60,14 +60,14 @@ def sample(logits: Tensor, rows: RowSampling) -> tuple[Tensor, Tensor]:
     if filtered.size:
         scaled = _filter_rows(scaled, filtered, rows)
     logprobs = scaled.log_softmax(-1)
-    tokens = _invert(logprobs, torch.from_numpy(uniforms(rows.seeds, rows.indices)).to(logits.device, torch.float32))
+    tokens = invert(logprobs, torch.from_numpy(uniforms(rows.seeds, rows.indices)).to(logits.device, torch.float32))
     if greedy.any():
         tokens = torch.where(torch.from_numpy(greedy).to(logits.device), logits.argmax(-1), tokens)
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
 
-def _invert(logprobs: Tensor, uniform: Tensor) -> Tensor:
-    """The first token whose cumulative probability exceeds the row's uniform number, `[B]`."""
+def invert(logprobs: Tensor, uniform: Tensor) -> Tensor:
+    """The first token whose cumulative probability exceeds the row's `uniform [B]` in [0, 1], for `logprobs [B, V]`."""
     cumulative = logprobs.exp().cumsum(-1)
     total = cumulative[:, -1]
     # Rounding must not lift the target to the total: past the end lie tokens of probability 0.

@@ -135,6 +135,9 @@ def test_a_stop_token_ends_the_row_and_frees_it() -> None:
     assert by_first.finish_reason is FinishReason.STOP
     assert by_second.token_ids[-1] in {VOCABULARY - 1, whole[2]}
     assert (never.token_ids.tolist(), never.finish_reason) == (whole, FinishReason.LENGTH)
+    alone = Limits(max_running=1, prefill_tokens=24, cache_tokens=100_000)
+    _, without = complete(model, [asked[0], (prompt, params)], alone)
+    assert without.token_ids.tolist() == whole, "the row's next request must not inherit its stop tokens"
 
 
 @pytest.mark.parametrize("victim", range(7))

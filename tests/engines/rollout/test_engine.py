@@ -25,8 +25,8 @@ from asyncflow.core.types import FloatArray, IntArray, SamplingParams, WeightsRe
 from asyncflow.core.world import World
 from asyncflow.engines.channel import MemoryChannel
 from asyncflow.engines.rollout.client import TorchRolloutEngine, start_rollout_engine
-from tests.contracts.rollout_engine import SUITE, Subject, closing_is_final
-from tests.engines.rollout.tiny import VOCABULARY, build, parameters, save, score, shapes
+from tests.contracts.rollout_engine import SUITE, Subject, cancelling_frees_the_slots, closing_is_final
+from tests.engines.rollout.tiny import CONTEXT, VOCABULARY, build, parameters, save, score, shapes
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
@@ -119,6 +119,13 @@ async def test_busy_spans_are_ordered_and_their_tokens_counted(shared: Running) 
     times = [start_s, *(time for _, *both in spans for time in both), loop.time()]
     assert times == sorted(times)
     assert shared.engine.num_tokens - before == 40
+
+
+async def test_a_cancelled_request_is_not_computed_any_further(shared: Running) -> None:
+    before = shared.engine.num_tokens
+    await cancelling_frees_the_slots(shared.subject)
+    await shared.engine.generate(PROMPT, SamplingParams(max_tokens=1), session="")
+    assert shared.engine.num_tokens - before < CONTEXT, "else those cancelled went on to the end of their context"
 
 
 async def test_threads_may_change_while_it_runs(shared: Running) -> None:

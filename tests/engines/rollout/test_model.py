@@ -23,7 +23,7 @@ from transformers import (
 from asyncflow.core.errors import ConfigError, WeightSyncError
 from asyncflow.core.types import PolicyVersion, WeightsRef
 from asyncflow.engines.channel import MemoryChannel, fingerprint
-from asyncflow.engines.rollout.attention import attend_one, register
+from asyncflow.engines.rollout.attention import attend, attend_one, register
 from asyncflow.engines.rollout.model import Weights, check_decoding, context_limit, open_model, pick_device
 from tests.engines.rollout.tiny import CONTEXT, SIZES, VOCABULARY, WINDOW, build, parameters, save, shapes
 
@@ -99,6 +99,14 @@ def test_decode_attention_is_sdpa(shared: int) -> None:
         query, key[:, :, :11], value[:, :, :11], attn_mask=mask, scale=0.3, enable_gqa=True
     )
     output = attend_one(query, key[:, :, :11], value[:, :, :11], mask, 0.3)
+    torch.testing.assert_close(output, expected.transpose(1, 2))
+
+
+def test_what_decode_attention_does_not_know_is_left_to_sdpa() -> None:
+    query, key, value = torch.randn(2, 4, 1, 8), torch.randn(2, 4, 6, 8), torch.randn(2, 4, 6, 8)
+    mask, bias = torch.zeros(2, 1, 1, 6), torch.randn(2, 4, 1, 6)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    output, _ = attend(torch.nn.Module(), query, key, value, mask, position_bias=bias)
     torch.testing.assert_close(output, expected.transpose(1, 2))
 
 

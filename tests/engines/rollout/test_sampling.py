@@ -7,7 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from asyncflow.engines.rollout.sampling import RowSampling, keep_top, sample, uniforms
+from asyncflow.engines.rollout.sampling import RowSampling, invert, keep_top, sample, uniforms
 
 NUM_DRAWS = 40_000
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
@@ -88,6 +88,8 @@ def test_impossible_tokens_are_never_sampled_at_the_edges() -> None:
     tokens, logprobs = sample(logits.expand(NUM_DRAWS, -1), rows(NUM_DRAWS))
     assert set(tokens.tolist()) == {1, 3}
     assert logprobs.isfinite().all()
+    edges = torch.tensor([0.0, 0.5, 1.0])  # 1 - 2**-53 is 1 in single precision
+    assert invert(logits.expand(3, -1).log_softmax(-1), edges).tolist() == [1, 3, 3]
 
 
 def test_uniforms_are_uniform_and_independent() -> None:
@@ -107,5 +109,5 @@ def test_uniforms_are_the_same_everywhere() -> None:
 
 
 def test_keep_top_keeps_at_least_one_token() -> None:
-    kept = keep_top(LOGITS[None], torch.tensor([0]), torch.tensor([1e-6]))
-    assert kept.isfinite().sum() == 1
+    kept = keep_top(LOGITS.expand(2, -1), torch.tensor([0, 0]), torch.tensor([1e-6, 0.0]))
+    assert kept.isfinite().sum(-1).tolist() == [1, 1]
