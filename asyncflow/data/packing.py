@@ -24,7 +24,7 @@ def pack(lengths: IntArray, max_tokens: int) -> list[IntArray]:
     tokens = 0
     for row in order:
         length = int(lengths[row])
-        if batches[-1] and (tokens + length > max_tokens or tokens >= target):
+        if batches[-1] and (tokens + length > max_tokens or tokens + length / 2 > target):
             batches.append([])
             tokens = 0
         batches[-1].append(int(row))
