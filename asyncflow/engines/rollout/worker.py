@@ -43,8 +43,10 @@ from asyncflow.engines.rollout.scheduler import Limits
 
 RECEIVE_BYTES = 1 << 20
 PREFILL_TOKENS = 8192
-CACHE_SHARE = 0.4
-"""Part of the memory free at the start that keys and values may take."""
+GPU_CACHE_SHARE = 0.5
+"""Part of a GPU's memory free at the start that keys and values may take, growth included."""
+HOST_CACHE_SHARE = 0.2
+"""Part of all the memory of the machine; what is free there changes from moment to moment."""
 BUSY_REPORT_S = 0.25
 PR_SET_PDEATHSIG = 1
 
@@ -170,14 +172,14 @@ def build(start: Start, link: Link) -> tuple[Worker, Ready]:
 def cache_tokens(model: PreTrainedModel, device: torch.device) -> int:
     """Tokens whose keys and values fit into the memory set aside for them."""
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
+        budget_bytes = torch.cuda.mem_get_info(device)[0] * GPU_CACHE_SHARE
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        budget_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * HOST_CACHE_SHARE
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token_bytes: int = 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize
-    return int(free * CACHE_SHARE) // token_bytes
+    return int(budget_bytes) // token_bytes
 
 
 def main(arguments: Sequence[str]) -> int:
