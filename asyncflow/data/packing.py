@@ -15,7 +15,7 @@ def pack(lengths: IntArray, max_tokens: int) -> list[IntArray]:
     micro-batch; every row is in exactly one.
 
     >>> [rows.tolist() for rows in pack(np.array([3, 9, 3, 9], np.int32), 18)]
-    [[0, 2], [1, 3]]
+    [[0, 2, 1], [3]]
     """
     order = np.argsort(lengths, kind="stable").astype(np.int32)
     num_batches = max(1, -(-int(lengths.sum()) // max_tokens))

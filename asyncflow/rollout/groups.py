@@ -14,6 +14,7 @@ from asyncflow.core.ports import Renderer, RolloutEngine
 from asyncflow.core.types import Group, Prompt, SamplingParams, Ticket, Trajectory
 from asyncflow.core.world import World, derive_seed
 from asyncflow.rollout.chat import Agent, Chat
+from asyncflow.rollout.rewards import checked, name_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +67,7 @@ async def roll_out_one(
         raise AgentError(f"the agent raised {error!r} on prompt {prompt.id}") from error
     if chat.num_turns == 0:
         raise AgentError(f"the agent returned without letting the policy respond, on prompt {prompt.id}")
-    return chat.trajectory(prompt, reward)
+    return chat.trajectory(prompt, checked(reward, f"agent {name_of(parts.agent)}", f"prompt {prompt.id}"))
 
 
 def prompt_order(prompts: Sequence[Prompt], world: World) -> Callable[[Ticket], Prompt]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Awaitable, Callable
+from numbers import Real
+
+import numpy as np
 
 from asyncflow.core.errors import AsyncFlowError, RewardError
 from asyncflow.core.types import Prompt
@@ -12,6 +14,9 @@ from asyncflow.rollout.chat import Agent, Chat
 
 Reward = Callable[[Prompt, str], float | Awaitable[float]]
 """What a completion to a prompt is worth; may be a coroutine function."""
+
+LARGEST = float(np.finfo(np.float32).max)
+"""A larger reward would be infinite in its column."""
 
 
 def single_turn(reward: Reward) -> Agent:
@@ -25,7 +30,7 @@ def single_turn(reward: Reward) -> Agent:
 
 async def score(reward: Reward, prompt: Prompt, answer: str) -> float:
     """The reward of an answer. Raises `RewardError`, with the function's name, unless it is a finite number."""
-    name = getattr(reward, "__name__", type(reward).__name__)
+    name = name_of(reward)
     try:
         value = reward(prompt, answer)
         if inspect.isawaitable(value):
@@ -34,8 +39,21 @@ async def score(reward: Reward, prompt: Prompt, answer: str) -> float:
         raise
     except Exception as error:
         raise RewardError(f"reward {name} raised {error!r} on prompt {prompt.id}, answer {answer[:80]!r}") from error
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise RewardError(
-            f"reward {name} returned {value!r} on prompt {prompt.id}, answer {answer[:80]!r}; expected a finite number"
-        )
-    return float(value)
+    return checked(value, f"reward {name}", f"prompt {prompt.id}, answer {answer[:80]!r}")
+
+
+def checked(value: object, who: str, where: str) -> float:
+    """A reward as a float. Raises `RewardError` unless it is a number that is finite as a float32, too.
+
+    A truth value is refused: it is nearly always a comparison that was meant to be one part of the reward.
+    """
+    if isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= LARGEST:
+        return float(value)
+    hint = "; of a truth value: float(...)" if isinstance(value, bool) else ""
+    raise RewardError(f"{who} returned {value!r:.80} on {where}; expected a finite number{hint}")
+
+
+def name_of(function: object) -> str:
+    """The name of a function; of any other callable, that of its class."""
+    name = getattr(function, "__name__", type(function).__name__)
+    return str(name)
