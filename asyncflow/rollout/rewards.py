@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Awaitable, Callable
 from numbers import Real
 
@@ -47,8 +48,9 @@ def checked(value: object, who: str, where: str) -> float:
 
     A truth value is refused: it is nearly always a comparison that was meant to be one part of the reward.
     """
-    if isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= LARGEST:
-        return float(value)
+    number = _as_float(value)
+    if abs(number) <= LARGEST:
+        return number
     hint = "; of a truth value: float(...)" if isinstance(value, bool) else ""
     raise RewardError(f"{who} returned {value!r:.80} on {where}; expected a finite number{hint}")
 
@@ -57,3 +59,13 @@ def name_of(function: object) -> str:
     """The name of a function; of any other callable, that of its class."""
     name = getattr(function, "__name__", type(function).__name__)
     return str(name)
+
+
+def _as_float(value: object) -> float:
+    """NaN for what is no number, infinity for one too large for a float."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
