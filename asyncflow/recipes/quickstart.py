@@ -48,14 +48,14 @@ def defaults() -> RunConfig:
     return RunConfig(
         recipe="quickstart",
         model="tiny",
-        steps=40,
+        steps=80,
         max_staleness=1,
         groups_per_step=32,
         group_size=8,
         sampling=SamplingConfig(temperature=1.0, max_tokens=64),
         rollout=RolloutConfig(max_running=256),
         train=TrainConfig(learning_rate=2e-4, betas=(0.9, 0.99)),
-        algorithm=AlgorithmConfig(clip_low=0.2, clip_high=0.28),
+        algorithm=AlgorithmConfig(clip_low=0.2, clip_high=0.28, drop_no_signal=True),
         warmup=WarmupConfig(steps=350, batch_size=64, learning_rate=2e-3),
         evaluate=EvaluateConfig(every=5, num_prompts=256, final_num_prompts=1_024),
     )
