@@ -118,14 +118,18 @@ class TransferQueue:
     async def stream(self, lease: Lease, *, groups: int, max_tokens: int) -> AsyncIterator[MicroBatch]:
         """Exactly `groups` groups, in micro-batches of at most `max_tokens` tokens, each as soon as it is ready.
 
-        A group may be spread over several micro-batches. Waits for groups that are not there yet.
+        A group may be spread over several micro-batches. Waits for groups that are not there yet. Of a
+        group that is dropped in the meantime, the rows not handed out yet are passed over.
         """
         needs = self._ledger.tasks[lease.task].needs
         while groups:
             rows = await self._take_rows(lease, groups)
             groups -= len({row.ticket for row in rows})
             for chosen in pack(self._store.lengths(rows, TOKEN_IDS), max_tokens):
-                yield self._store.get([rows[index] for index in chosen], needs)
+                # The consumer was away since the take, and a stage may have dropped a group and freed its rows.
+                held = [rows[index] for index in chosen if self._ledger.is_pending(rows[index].ticket)]
+                if held:
+                    yield self._store.get(held, needs)
 
     def write(self, batch: MicroBatch, column: str, values: Ragged) -> None:
         """Add a column to the rows of a batch, in the batch's order."""
