@@ -50,8 +50,9 @@ class TokenizerRenderer:
         """A later message. Raises `ConfigError` where the template can't say how one follows an answer."""
         if not self.is_chat:
             return self._encode(text, special=False)
-        told, said = {"role": "user", "content": text}, {"role": "assistant", "content": MARK}
-        _, found, rest = self._render([told, said, told]).rpartition(MARK)
+        begun, said = {"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}
+        # The first mark is ours: the text, which may hold others, comes after it.
+        _, found, rest = self._render([begun, said, {"role": "user", "content": text}]).partition(MARK)
         if not found:
             raise ConfigError("this chat template does not show the assistant's words: multi-turn needs another one")
         return self._encode(rest.removeprefix(self._template.eos_token), special=False)
