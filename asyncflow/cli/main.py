@@ -1,12 +1,15 @@
 """The entry point: errors become messages and exit codes.
 
-Exit codes: 0 done, 1 failed, 2 the command or the configuration is wrong, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 the command or the configuration is wrong, 130 interrupted, by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from asyncflow.cli.app import app
 from asyncflow.cli.output import show_error
@@ -26,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
-        app(args=arguments, prog_name="asyncflow")
+        with interrupted_by_sigterm():
+            app(args=arguments, prog_name="asyncflow")
     except SystemExit as ending:
         return ending.code if isinstance(ending.code, int) else int(ending.code is not None)
     except (AsyncFlowError, ExceptionGroup) as error:
@@ -36,3 +40,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         show_error(cause)
         return 2 if isinstance(cause, ConfigError) else 1
     return 0
+
+
+@contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """Inside, the signal by which schedulers and `kill` ask a program to end does what Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Pass it on to whoever handles Ctrl-C: the event loop while one runs, which then ends its tasks."""
+    if signal.getsignal(signal.SIGINT) in {signal.SIG_IGN, signal.SIG_DFL, None}:  # as under nohup and `&` of scripts
+        raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)
