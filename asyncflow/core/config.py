@@ -30,7 +30,7 @@ class SamplingConfig(Section):
 class RolloutConfig(Section):
     """The engine that writes completions."""
 
-    engine: str = Field("torch", description="name of a rollout engine, or module:function")
+    engine: Literal["torch"] = Field("torch", description="name of a rollout engine")
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="weights and KV cache")
     max_running: int = Field(256, ge=1, description="completions decoded at once")
@@ -42,7 +42,7 @@ class RolloutConfig(Section):
 class TrainConfig(Section):
     """The engine that takes the optimizer steps."""
 
-    engine: str = Field("torch", description="name of a training engine, or module:function")
+    engine: Literal["torch"] = Field("torch", description="name of a training engine")
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the forward and backward pass")
     threads: int = Field(0, ge=0, description="CPU threads; 0 divides the cores among the roles")

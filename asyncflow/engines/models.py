@@ -176,6 +176,13 @@ def load_tokenizer(name: str) -> TextTokenizer:
     return cast(TextTokenizer, tokenizer)
 
 
+def check_weights(name: str) -> None:
+    """Raise `ConfigError` where a model folder holds no weights. A hub name is not looked into."""
+    folder = Path(name)
+    if folder.is_dir() and not any(file.suffix in {".safetensors", ".bin"} for file in folder.iterdir()):
+        raise ConfigError(f"{name} is a folder without weights: expected model.safetensors in it")
+
+
 @contextmanager
 def progress_bars_hidden() -> Iterator[None]:
     """Keep transformers' progress bars out of the terminal, which belongs to the run's own lines."""

@@ -15,7 +15,7 @@ from asyncflow.core.errors import ConfigError
 from asyncflow.core.settings import resolve
 from asyncflow.core.world import World
 from asyncflow.engines.cores import Cores
-from asyncflow.engines.models import load_tokenizer
+from asyncflow.engines.models import check_weights, load_tokenizer
 from asyncflow.engines.renderer import TokenizerRenderer
 from asyncflow.engines.rollout.client import start_rollout_engine
 from asyncflow.engines.train.torch_engine import TorchTrainEngine
@@ -28,6 +28,7 @@ from asyncflow.recipes.recipe import Recipe, Task, check_task, load_recipe
 from asyncflow.recipes.session import Session, open_session, reinforcement_phase
 from asyncflow.rollout.rewards import single_turn
 from asyncflow.workflow.checkpoint import EMPTY_LEDGER, newest_checkpoint, read_ledger
+from asyncflow.workflow.checkpoint_folder import checkpoint_step
 from asyncflow.workflow.evaluation import evaluate as answer_all
 from asyncflow.workflow.reinforce import evaluation_parts, make_gate, reinforce, rollout_parts
 from asyncflow.workflow.warmup import tokenize, warm_up
@@ -79,6 +80,7 @@ def resume(folder: Path, words: Sequence[str], progress: Progress) -> RunSummary
     world = World(seed=config.seed)
     task = checked_task(load_recipe(config.recipe), config)
     source = str(newest_checkpoint(folder))
+    _check_reference(folder, Path(source), config)
     with RunFolder.reopen(folder, world=world, config=config) as reopened:
         return asyncio.run(_run(reopened, task, world, progress, source=source, is_new=False))
 
@@ -95,6 +97,7 @@ def make_model(task: Task, folder: Path) -> str:
     folder.mkdir(parents=True)
     source = task.model(folder)
     load_tokenizer(source)
+    check_weights(source)
     return source
 
 
@@ -148,12 +151,24 @@ async def _train(session: Session, folder: Path, checkpoint: Path | None) -> Non
             await reference.aclose()
 
 
+def _check_reference(folder: Path, checkpoint: Path, config: RunConfig) -> None:
+    """Raise `ConfigError` where KL is asked for and the policy to measure it from was not kept."""
+    if config.algorithm.kl_coef > 0 and checkpoint_step(checkpoint) and not (folder / REFERENCE).exists():
+        raise ConfigError(
+            "algorithm.kl_coef can't be switched on in a resumed run: the policy before reinforcement learning, "
+            "from which KL is measured, was not kept. Start a new run"
+        )
+
+
 async def _reference(session: Session, folder: Path) -> TorchTrainEngine:
     """The policy before reinforcement learning, kept in the run folder for a resume."""
     home = folder / REFERENCE
     if not home.exists():
-        home.mkdir()
-        await session.trainer.save(home)
+        draft = home.with_suffix(".draft")  # renamed when whole: a crash must leave no half of a policy
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        await session.trainer.save(draft)
+        shutil.move(draft, home)
     config = session.config
     return await TorchTrainEngine.open(str(home), config.train, phase=reinforcement_phase(config))
 
