@@ -9,6 +9,7 @@
     │   ├── RewardError        the reward raised, or was not a finite number
     │   └── RolloutTimeout     the rollout outlived its time limit
     ├── FailureBudgetError     too many rollouts failed; names the most frequent cause
+    ├── NoSignalError          group after group earned equal rewards, so nothing can be learnt
     ├── EngineLostError        an engine's process died; carries its last words
     ├── NonFiniteError         a loss, gradient or log-probability is NaN or infinite
     ├── DeadlockError          every task waits and no timer is set (virtual clock only)
@@ -60,6 +61,10 @@ class RolloutTimeout(RolloutError):
 
 class FailureBudgetError(AsyncFlowError):
     """More rollouts failed than the run allows."""
+
+
+class NoSignalError(AsyncFlowError):
+    """Group after group earned equal rewards, so there is nothing to learn from."""
 
 
 class EngineLostError(AsyncFlowError):

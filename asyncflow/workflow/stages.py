@@ -8,6 +8,7 @@ import numpy as np
 
 from asyncflow.algo.algorithms import Advantages
 from asyncflow.core.columns import ADVANTAGE, REF_LOGPROBS, REWARD
+from asyncflow.core.errors import NoSignalError
 from asyncflow.core.ports import TensorT, TrainEngine
 from asyncflow.core.types import MicroBatch, Ragged, Ticket
 from asyncflow.data.queue import TransferQueue
@@ -21,20 +22,45 @@ REFERENCE = "reference"
 NO_SIGNAL = "no signal"
 """Why a group is dropped whose rewards are all equal."""
 
+NO_SIGNAL_LIMIT = 1024
+"""Groups in a row that may be dropped for it."""
+
 
 async def advantage_stage(queue: TransferQueue, advantages: Advantages, *, drop_no_signal: bool) -> None:
-    """Write the advantage of every group, for ever; or drop groups whose rewards are all equal."""
+    """Write the advantage of every group, for ever; or drop groups whose rewards are all equal.
+
+    Raises `NoSignalError` after `NO_SIGNAL_LIMIT` of these in a row: dropping for ever would
+    look busy and learn nothing.
+    """
     lease = queue.lease(ADVANTAGES)
+    dropped_in_a_row = 0
     while True:
         batch = await queue.take(lease, max_groups=1024)
         for ticket, group in split_groups(batch):
             rewards = group[REWARD].astype(np.float32)
-            if drop_no_signal and np.ptp(rewards) == 0:
+            has_signal = np.ptp(rewards) > 0
+            dropped_in_a_row = 0 if has_signal else dropped_in_a_row + 1
+            if drop_no_signal and not has_signal:
+                check_signal(dropped_in_a_row, float(rewards[0]))
                 queue.drop(ticket, reason=NO_SIGNAL)
             else:
                 values = advantages(rewards).astype(np.float32)
                 queue.write(group, ADVANTAGE, Ragged(values=values, lengths=np.ones(len(values), np.int32)))
         queue.acknowledge(lease)
+
+
+def check_signal(dropped_in_a_row: int, reward: float) -> None:
+    """Raise `NoSignalError` when too many groups in a row had equal rewards, the last ones `reward`."""
+    if dropped_in_a_row >= NO_SIGNAL_LIMIT:
+        remedy = (
+            "the task is too hard for this policy: warm up longer (warmup.steps), or reward part of an answer"
+            if reward <= 0
+            else "the task is learnt: stop here, or give it harder prompts"
+        )
+        raise NoSignalError(
+            f"{dropped_in_a_row} groups in a row earned equal rewards (the last one {reward:g} each) and were dropped, "
+            f"so no step can be made. Perhaps {remedy}; algorithm.drop_no_signal=false trains on all groups"
+        )
 
 
 async def reference_stage(queue: TransferQueue, reference: TrainEngine[TensorT], *, max_tokens: int) -> None:

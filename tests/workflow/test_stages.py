@@ -11,13 +11,17 @@ import pytest
 
 from asyncflow.algo.advantages import dr_grpo, grpo
 from asyncflow.core.columns import ADVANTAGE, REF_LOGPROBS, REWARD, TOKEN_IDS
-from asyncflow.core.types import FloatArray, MicroBatch, PolicyVersion, Ragged, Ticket
+from asyncflow.core.config import AlgorithmConfig, RunConfig
+from asyncflow.core.errors import NoSignalError
+from asyncflow.core.types import FloatArray, MicroBatch, PolicyVersion, Prompt, Ragged, Ticket
 from asyncflow.core.world import MemoryDisk, World
 from asyncflow.data.gate import Gate
 from asyncflow.data.ledger import QueueTask
 from asyncflow.data.queue import TransferQueue
 from asyncflow.engines.scripted import Script, ScriptedTrainer
+from asyncflow.plan.simulate import simulate
 from asyncflow.plan.virtual import run_virtually
+from asyncflow.rollout.chat import Chat
 from asyncflow.workflow.stages import ADVANTAGES, NO_SIGNAL, REFERENCE, advantage_stage, reference_stage, split_groups
 from tests.workflow.batches import group_columns
 
@@ -145,3 +149,16 @@ def test_split_groups_keeps_rows_with_their_columns() -> None:
         assert [row.index for row in groups[Ticket(0)].rows] == [0, 1]
 
     run_virtually(main())
+
+
+@pytest.mark.parametrize(("reward", "remedy"), [(0.0, "warmup.steps"), (1.0, "harder prompts")])
+def test_groups_without_signal_end_the_run_before_it_drops_for_ever(reward: float, remedy: str) -> None:
+    async def same(prompt: Prompt, chat: Chat) -> float:
+        await chat.respond(prompt.text)
+        return reward
+
+    config = RunConfig(steps=3, groups_per_step=2, group_size=2, algorithm=AlgorithmConfig(drop_no_signal=True), seed=1)
+    with pytest.raises(NoSignalError, match=remedy):
+        simulate(config, Script(), agent=same, seed=1)
+    kept = config.model_copy(update={"algorithm": AlgorithmConfig(drop_no_signal=False)})
+    assert simulate(kept, Script(), agent=same, seed=1).counts.trained == 6
