@@ -1,0 +1,180 @@
+"""Real processes and real signals: whatever is killed, the run ends with its cause and can be resumed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="needs the extra: pip install 'asyncflow[torch]'")
+
+from asyncflow.core.errors import RunFolderError
+from asyncflow.core.world import RealDisk, World
+from asyncflow.observe.records import read_metrics, read_rollouts
+from asyncflow.observe.run_state import RUN_FILE, read_state
+from asyncflow.recipes import runner
+from asyncflow.workflow.checkpoint import newest_checkpoint, read_ledger
+from tests.recipes.copying import quiet, write_recipe
+
+pytestmark = pytest.mark.slow
+
+GROUPS = 4
+LIMIT_S = 60.0
+"""Longer than anything here takes on a busy machine; reached only when something hangs."""
+
+# Ctrl-C is ignored by what a script starts in the background, and children inherit that: undo it.
+PROGRAM = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from asyncflow.cli.main import main; sys.exit(main(sys.argv[1:]))"
+)
+
+
+@contextmanager
+def running(runs: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """`asyncflow` with these arguments, in a session of its own."""
+    environment = {**os.environ, "TERM": "dumb", "COLUMNS": "200"}
+    command = [sys.executable, "-c", PROGRAM, *arguments, "--runs-dir", str(runs)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@contextmanager
+def endless_run(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A run that has published two checkpoints and would go on for hours; its process and folder."""
+    file = write_recipe(tmp_path)
+    runs = tmp_path / "runs"
+    with running(runs, "run", str(file), "steps=100000", "evaluate.every=0", "--name", "one") as process:
+        wait_for(lambda: (runs / "one" / "checkpoints" / "step-000002").exists(), process)
+        yield process, runs / "one"
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+    """Look again and again: a file of another process tells nobody when it appears."""
+    end_s = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < end_s, "nothing came of it in time"
+        assert process is None or process.poll() is None, "it ended too early"
+        time.sleep(0.02)
+
+
+def rollout_process(parent: int) -> int:
+    """The one child of a run."""
+    [child] = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return int(child)
+
+
+def ends_within_the_limit(pidfd: int) -> bool:
+    """Whether a process, which need not be our child, has ended."""
+
+    async def ended() -> bool:
+        event = asyncio.Event()
+        asyncio.get_running_loop().add_reader(pidfd, event.set)
+        try:
+            async with asyncio.timeout(LIMIT_S):
+                await event.wait()
+        except TimeoutError:
+            return False
+        finally:
+            asyncio.get_running_loop().remove_reader(pidfd)
+        return True
+
+    return asyncio.run(ended())
+
+
+def finish(run: Path) -> None:
+    """Resume it to two steps more than its checkpoint, and check the accounts of both parts."""
+    checkpoint = newest_checkpoint(run)
+    before = read_ledger(checkpoint, World())
+    num_rollouts = len(read_rollouts(run))
+    steps = before.trained // GROUPS + 2
+    assert runner.resume(run, [f"steps={steps}"], quiet()).steps == steps
+    state = read_state(run, RealDisk())
+    assert (state.state, state.reason, state.num_starts) == ("finished", "", 2)
+    after = read_ledger(newest_checkpoint(run), World())
+    assert after.trained == steps * GROUPS
+    assert after.admitted == after.trained + sum(after.dropped.values()) + len(after.pending)
+    trained_before = set(range(before.admitted)) - set(before.pending)
+    again = {rollout.ticket for rollout in read_rollouts(run)[num_rollouts:]}
+    assert not again & trained_before
+    assert len(again) == 2 * GROUPS == after.trained - before.trained
+    assert len([metric for metric in read_metrics(run) if metric.kind == "warmup"]) == 4
+
+
+def test_a_killed_rollout_process_ends_the_run_with_its_cause(tmp_path: Path) -> None:
+    with endless_run(tmp_path) as (process, run):
+        os.kill(rollout_process(process.pid), signal.SIGKILL)
+        _, err = process.communicate(timeout=LIMIT_S)
+        assert process.returncode == 1, err
+    state = read_state(run, RealDisk())
+    assert state.state == "failed"
+    assert state.reason.startswith("EngineLostError: rollout process ")
+    assert "was killed by SIGKILL" in state.reason
+    assert "was killed by SIGKILL" in err
+    assert "Traceback" not in err
+    finish(run)
+
+
+def test_a_killed_run_leaves_no_process_and_can_be_resumed_then_and_not_before(tmp_path: Path) -> None:
+    with endless_run(tmp_path) as (process, run):
+        with pytest.raises(RunFolderError, match=rf"is being run by another process \({process.pid}\)"):
+            runner.resume(run, [], quiet())
+        orphan = os.pidfd_open(rollout_process(process.pid))
+        try:
+            process.kill()
+            process.wait(LIMIT_S)
+            assert ends_within_the_limit(orphan)
+        finally:
+            os.close(orphan)
+    assert read_state(run, RealDisk()).state == "running"  # nobody was left to say otherwise
+    finish(run)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_an_interrupted_run_says_how_to_go_on_and_can(tmp_path: Path, number: signal.Signals) -> None:
+    with endless_run(tmp_path) as (process, run):
+        orphan = os.pidfd_open(rollout_process(process.pid))
+        try:
+            process.send_signal(number)
+            _, err = process.communicate(timeout=LIMIT_S)
+            assert process.returncode == 130, err
+            assert ends_within_the_limit(orphan)
+        finally:
+            os.close(orphan)
+    state = read_state(run, RealDisk())
+    assert (state.state, state.reason) == ("interrupted", "")
+    assert state.ended_at is not None
+    assert "interrupted after step" in err
+    assert f"Continue: asyncflow resume {run}" in err
+    assert "Traceback" not in err
+    finish(run)
+
+
+def test_a_run_interrupted_before_its_first_checkpoint_says_to_start_again(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    words = ["warmup.steps=100000", "--name", "one"]
+    with running(runs, "run", str(write_recipe(tmp_path)), *words) as process:
+        wait_for(lambda: "warmup" in read_kinds(runs / "one"), process)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=LIMIT_S)
+        assert process.returncode == 130, err
+    assert read_state(runs / "one", RealDisk()).state == "interrupted"
+    assert "before the first checkpoint: there is nothing to continue, start it again" in err
+    with pytest.raises(RunFolderError, match="holds no checkpoint"):
+        runner.resume(runs / "one", [], quiet())
+
+
+def read_kinds(run: Path) -> set[str]:
+    return {metric.kind for metric in read_metrics(run)} if (run / RUN_FILE).is_file() else set()
