@@ -18,7 +18,6 @@ from asyncflow.cli import output
 from asyncflow.core.config import RunConfig
 from asyncflow.core.errors import ConfigError, RunFolderError
 from asyncflow.core.setting_list import list_settings
-from asyncflow.core.settings import resolve
 from asyncflow.core.world import World
 from asyncflow.observe.progress import Progress, progress_on
 from asyncflow.observe.run_folder import check_free, find_run, read_config
@@ -165,8 +164,7 @@ def configure(recipe: Recipe, word: str, words: list[str]) -> RunConfig:
     """
     if any(one.startswith("recipe=") for one in words):
         raise ConfigError(f"the recipe is {word!r} already, the first word: leave out recipe=")
-    config = resolve(recipe.defaults(), file=Path(word) if word.endswith(".toml") else None, words=words)
-    return config.model_copy(update={"recipe": recipe.name})
+    return recipe.configure(file=Path(word) if word.endswith(".toml") else None, words=words)
 
 
 def _show_plan(recipe: Recipe, config: RunConfig, root: Path) -> None:

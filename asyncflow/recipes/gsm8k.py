@@ -6,10 +6,10 @@ reward is 1 when the completion ends in the right number (`asyncflow.recipes.ans
 
 `model=tiny` (the default) trains a byte-level tokenizer on the data, builds a Qwen2 of 5
 million parameters and warms it up on the reference answers: it shows that the whole path
-works, and solves hardly any problem. A real model is the folder or hub name of one; the
-settings of `examples/gsm8k_qwen.toml` suit it::
+works, and solves hardly any problem. A real model is the folder or hub name of one, and
+brings settings of its own (`defaults_for`)::
 
-    asyncflow run examples/gsm8k_qwen.toml data=FOLDER
+    asyncflow run gsm8k data=FOLDER model=Qwen/Qwen2.5-0.5B-Instruct
 
 Source: Cobbe et al., Training Verifiers to Solve Math Word Problems, arXiv 2110.14168.
 """
@@ -64,6 +64,26 @@ def defaults() -> RunConfig:
     )
 
 
+def defaults_for(model: str) -> RunConfig:
+    """The settings for a model: a trained one needs no warm-up, longer answers and small steps."""
+    if model in SIZES:
+        return defaults()
+    return RunConfig(
+        recipe="gsm8k",
+        model=model,
+        data="openai/gsm8k",
+        steps=200,
+        max_staleness=1,
+        groups_per_step=32,
+        group_size=8,
+        sampling=SamplingConfig(temperature=1.0, max_tokens=512),
+        rollout=RolloutConfig(max_running=256, dtype="bfloat16"),
+        train=TrainConfig(learning_rate=1e-6, micro_batch_tokens=16_384, dtype="bfloat16"),
+        algorithm=AlgorithmConfig(clip_low=0.2, clip_high=0.28),
+        evaluate=EvaluateConfig(every=10, num_prompts=256, final_num_prompts=1_319),
+    )
+
+
 def task(config: RunConfig) -> Task:
     """Problems, reward and model for this configuration."""
     is_built = config.model in SIZES
@@ -89,8 +109,8 @@ def _check_warmup(config: RunConfig) -> None:
     if config.warmup.steps and config.warmup.learning_rate >= FROM_SCRATCH_LEARNING_RATE:
         raise ConfigError(
             f"model={config.model} is trained already, and a warm-up of {config.warmup.steps} steps at "
-            f"learning rate {config.warmup.learning_rate:g} would ruin it: give warmup.steps=0, or a smaller "
-            "warmup.learning_rate; examples/gsm8k_qwen.toml has settings that suit a real model"
+            f"learning rate {config.warmup.learning_rate:g} would ruin it: leave out warmup.steps, or give a smaller "
+            "warmup.learning_rate"
         )
 
 

@@ -16,7 +16,7 @@ from typing import ParamSpec, TypeVar
 from asyncflow.core.config import RunConfig
 from asyncflow.core.errors import AsyncFlowError, ConfigError
 from asyncflow.core.nearest import did_you_mean, nearest
-from asyncflow.core.settings import read_toml
+from asyncflow.core.settings import read_toml, resolve
 from asyncflow.core.types import Demonstration, Prompt
 from asyncflow.rollout.rewards import Reward
 
@@ -42,12 +42,26 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """A complete run: its settings and its task. `name` finds it again from any folder."""
+    """A complete run: its settings and its task. `name` finds it again from any folder.
+
+    `defaults_for` gives the settings that suit a model. A recipe whose settings are the same
+    for all models has no such function, and `defaults` serves for all.
+    """
 
     name: str
     summary: str
     defaults: Callable[[], RunConfig]
+    defaults_for: Callable[[str], RunConfig]
     task: Callable[[RunConfig], Task]
+
+    def configure(self, *, file: Path | None = None, words: Sequence[str] = ()) -> RunConfig:
+        """The settings for the model that defaults, file and words name, overridden by file and words.
+
+        Raises `ConfigError` with every problem of all of them.
+        """
+        model = resolve(self.defaults(), file=file, words=words).model
+        config = resolve(self.defaults_for(model), file=file, words=words)
+        return config.model_copy(update={"recipe": self.name})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +139,7 @@ def _load_file(file: Path) -> Recipe:
         name=recipe.name,
         summary=recipe.summary,
         defaults=_placed(recipe.defaults, file),
+        defaults_for=_placed(recipe.defaults_for, file),
         task=_placed(recipe.task, file),
     )
 
@@ -136,7 +151,13 @@ def _recipe(module: ModuleType, *, name: str) -> Recipe:
             f"{name}: has no function {' and none '.join(missing)}. "
             "A recipe has defaults() -> RunConfig and task(config) -> Task"
         )
-    return Recipe(name=name, summary=_first_line(module.__doc__), defaults=module.defaults, task=module.task)
+    return Recipe(
+        name=name,
+        summary=_first_line(module.__doc__),
+        defaults=module.defaults,
+        defaults_for=getattr(module, "defaults_for", lambda model: module.defaults()),
+        task=module.task,
+    )
 
 
 def _placed(call: Callable[ParamsT, ResultT], file: Path) -> Callable[ParamsT, ResultT]:

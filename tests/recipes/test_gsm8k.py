@@ -11,10 +11,9 @@ import pytest
 
 from asyncflow.core.config import RunConfig, WarmupConfig
 from asyncflow.core.errors import ConfigError
-from asyncflow.core.settings import resolve
 from asyncflow.recipes.answers import final_number
 from asyncflow.recipes.gsm8k import SOLUTION, defaults, task
-from asyncflow.recipes.recipe import check_task
+from asyncflow.recipes.recipe import check_task, load_recipe
 
 ROOT = Path(__file__).parent.parent.parent
 DATA = Path(os.environ.get("ASYNCFLOW_TEST_GSM8K", ROOT.parent / "shared" / "data" / "gsm8k"))
@@ -60,7 +59,9 @@ def test_reward(data: Path, completion: str, expected: float) -> None:
 
 
 def test_a_real_model_is_asked_and_not_warmed_up(data: Path, tmp_path: Path) -> None:
-    config = resolve(defaults(), file=ROOT / "examples" / "gsm8k_qwen.toml", words=[f"data={data}"])
+    config = load_recipe("gsm8k").configure(words=[f"data={data}", "model=Qwen/Qwen2.5-0.5B-Instruct"])
+    assert config.warmup.steps == 0
+    assert config.sampling.max_tokens > defaults().sampling.max_tokens
     made = task(config)
     check_task(made, config)
     assert made.train[0].text.startswith(NATALIA["question"])
@@ -69,7 +70,7 @@ def test_a_real_model_is_asked_and_not_warmed_up(data: Path, tmp_path: Path) -> 
 
 
 def test_a_warm_up_that_would_ruin_a_real_model_is_refused(data: Path) -> None:
-    with pytest.raises(ConfigError, match=r"give warmup\.steps=0"):
+    with pytest.raises(ConfigError, match=r"leave out warmup\.steps"):
         task(configure(data, model="owner/model"))
     gentle = configure(data, model="owner/model").model_copy(
         update={"warmup": WarmupConfig(learning_rate=1e-5, steps=9)}
