@@ -17,14 +17,15 @@ for which training computes in a step, r those for which rollout does, x the lon
 time in a step's groups from asking for a trajectory until its reward is there, S the bound.
 
 - Neither role can do more than it does when always busy: a step takes at least max(t, r).
-- The groups of step v start once the weights of version v - S are live, so after step v - S
-  has ended, and step v + 1 ends after the slowest of them. With D(v) the time at which
-  version v exists, D(v + 1) >= D(v - S) + x(v). Summed over steps: at least mean(x) / (S + 1).
+- The groups from which version v + 1 is made start once version v - S is live, and it is made
+  after the slowest of them. With D(v) the time at which version v is made,
+  D(v + 1) >= D(v - S) + x(v). Summed over steps: a step takes at least mean(x) / (S + 1).
 
 So steps/s <= 1 / max(t, r, mean(x) / (S + 1)) over many steps, with t, r and x measured in the
 same block. When x varies, the means promise too much: a step with a short x can't lend its
 slack to another across the strict order. How much of them even a perfect schedule reaches is
-printed, for x the longest of 256 such waits and t = 0.4 s. What is possible follows from the same inequalities without averaging: the least D with D(0) = 0 and
+printed, for x the longest of 256 such waits and t = 0.4 s. What is possible follows from the
+same inequalities without averaging: the least D with D(0) = 0 and
 D(v + 1) = max(D(v) + t(v), D(v - S) + x(v)). The goal is set against this; both are printed,
 and so is what remains when x counts the drawn waits alone, which owe nothing to this program.
 
