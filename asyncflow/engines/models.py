@@ -179,8 +179,8 @@ def load_tokenizer(name: str) -> TextTokenizer:
 def check_weights(name: str) -> None:
     """Raise `ConfigError` where a model folder holds no weights. A hub name is not looked into."""
     folder = Path(name)
-    if folder.is_dir() and not any(file.suffix in {".safetensors", ".bin"} for file in folder.iterdir()):
-        raise ConfigError(f"{name} is a folder without weights: expected model.safetensors in it")
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise ConfigError(f"{name} is a folder without weights: expected model.safetensors in it, or its parts")
 
 
 @contextmanager

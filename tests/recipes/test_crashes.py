@@ -22,6 +22,7 @@ from asyncflow.observe.records import read_metrics, read_rollouts
 from asyncflow.observe.run_state import RUN_FILE, read_state
 from asyncflow.recipes import runner
 from asyncflow.workflow.checkpoint import newest_checkpoint, read_ledger
+from asyncflow.workflow.checkpoint_folder import checkpoint_step, list_checkpoints
 from tests.recipes.copying import quiet, write_recipe
 
 pytestmark = pytest.mark.slow
@@ -57,8 +58,13 @@ def endless_run(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     file = write_recipe(tmp_path)
     runs = tmp_path / "runs"
     with running(runs, "run", str(file), "steps=100000", "evaluate.every=0", "--name", "one") as process:
-        wait_for(lambda: (runs / "one" / "checkpoints" / "step-000002").exists(), process)
+        wait_for(lambda: newest_step(runs / "one") >= 2, process)
         yield process, runs / "one"
+
+
+def newest_step(run: Path) -> int:
+    """The step of the newest checkpoint; 0 where there is none."""
+    return max((checkpoint_step(folder) or 0 for folder in list_checkpoints(run / "checkpoints")), default=0)
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
@@ -142,24 +148,33 @@ def test_a_killed_run_leaves_no_process_and_can_be_resumed_then_and_not_before(t
     finish(run)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_an_interrupted_run_says_how_to_go_on_and_can(tmp_path: Path, number: signal.Signals) -> None:
-    with endless_run(tmp_path) as (process, run):
-        orphan = os.pidfd_open(rollout_process(process.pid))
-        try:
-            process.send_signal(number)
-            _, err = process.communicate(timeout=LIMIT_S)
-            assert process.returncode == 130, err
-            assert ends_within_the_limit(orphan)
-        finally:
-            os.close(orphan)
+def interrupt(process: subprocess.Popen[str], run: Path, number: signal.Signals) -> None:
+    """Send a signal; the run must end all its processes, say so and how to go on."""
+    orphan = os.pidfd_open(rollout_process(process.pid))
+    try:
+        process.send_signal(number)
+        _, err = process.communicate(timeout=LIMIT_S)
+        assert process.returncode == 130, err
+        assert ends_within_the_limit(orphan)
+    finally:
+        os.close(orphan)
     state = read_state(run, RealDisk())
     assert (state.state, state.reason) == ("interrupted", "")
     assert state.ended_at is not None
     assert "interrupted after step" in err
     assert f"Continue: asyncflow resume {run}" in err
     assert "Traceback" not in err
+
+
+def test_ctrl_c_ends_a_run_that_can_be_resumed(tmp_path: Path) -> None:
+    with endless_run(tmp_path) as (process, run):
+        interrupt(process, run, signal.SIGINT)
     finish(run)
+
+
+def test_sigterm_does_what_ctrl_c_does(tmp_path: Path) -> None:
+    with endless_run(tmp_path) as (process, run):
+        interrupt(process, run, signal.SIGTERM)
 
 
 def test_a_run_interrupted_before_its_first_checkpoint_says_to_start_again(tmp_path: Path) -> None:
