@@ -40,8 +40,8 @@ bound 1 on, with 16 places (4 a step) at bound 2 only just, so it falls short of
 there. Bound 4 reaches it, and so does bound 2 with a look-ahead of two steps, under which a
 token may be 4 versions old as well.
 
-`--quick` waits for 0.05 s at the median and simulates 60 steps in place of 200, of which filling
-and draining the pipeline are 2 to 5 %: it shows that the benchmark works.
+`--quick` waits for 0.05 s at the median and simulates 40 steps in place of 200, of which filling
+and draining the pipeline are several percent, which the goals of (c) need not survive: it shows that the benchmark works.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ FULL = Scale(
     waiting_rounds=2,
     waiting_measured=12,
     wait_s=0.2,
-    simulated_steps=600,
-    simulated_seeds=3,
+    simulated_steps=400,
+    simulated_seeds=2,
 )
 QUICK = Scale(
     warmup_steps=20,
@@ -103,7 +103,7 @@ QUICK = Scale(
     waiting_rounds=1,
     waiting_measured=2,
     wait_s=0.05,
-    simulated_steps=60,
+    simulated_steps=40,
     simulated_seeds=1,
 )
 
