@@ -41,7 +41,8 @@ there. Bound 4 reaches it, and so does bound 2 with a look-ahead of two steps, u
 token may be 4 versions old as well.
 
 `--quick` waits for 0.05 s at the median and simulates 40 steps in place of 200, of which filling
-and draining the pipeline are several percent, which the goals of (c) need not survive: it shows that the benchmark works.
+and draining the pipeline are several percent, which the goals of (c) need not survive: it
+shows that the benchmark works.
 """
 
 from __future__ import annotations
