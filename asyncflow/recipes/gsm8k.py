@@ -4,7 +4,7 @@
 final number after `####`), or the name of a data set of the hub with these columns. The
 reward is 1 when the completion ends in the right number (`asyncflow.recipes.answers`).
 
-`model=tiny` (the default) trains a byte-level tokenizer on the data, builds a Qwen2 of 5
+`model=tiny` (the default) trains a byte-level tokenizer on the data, builds a Qwen2 of 4
 million parameters and warms it up on the reference answers: it shows that the whole path
 works, and solves hardly any problem. A real model is the folder or hub name of one, and
 brings settings of its own (`defaults_for`)::
@@ -59,7 +59,7 @@ def defaults() -> RunConfig:
         rollout=RolloutConfig(max_running=64),
         train=TrainConfig(learning_rate=1e-4, micro_batch_tokens=4_096),
         algorithm=AlgorithmConfig(clip_low=0.2, clip_high=0.28),
-        warmup=WarmupConfig(steps=300, batch_size=32, learning_rate=FROM_SCRATCH_LEARNING_RATE),
+        warmup=WarmupConfig(steps=200, batch_size=16, learning_rate=FROM_SCRATCH_LEARNING_RATE),
         evaluate=EvaluateConfig(every=10, num_prompts=64, final_num_prompts=256),
     )
 
@@ -133,14 +133,14 @@ def _with_solution(prompt: Prompt) -> Prompt:
 
 
 def _build_model(config: RunConfig, train: list[Prompt], folder: Path) -> str:
-    """A Qwen2 of 5 million parameters, with a tokenizer trained on the problems."""
+    """A Qwen2 of 4 million parameters, with a tokenizer trained on the problems."""
     from asyncflow.engines.models import build_text_model  # here, so that the problems need no torch
 
     build_text_model(
         folder,
         corpus=(prompt.text + prompt.fields[SOLUTION] for prompt in train),
         vocab_size=4_096,
-        layers=6,
+        layers=4,
         width=256,
         heads=4,
         kv_heads=2,
