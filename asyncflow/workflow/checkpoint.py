@@ -7,15 +7,17 @@ is written between two optimizer steps, so weights and ledger agree.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import msgspec
 
+from asyncflow.core.causes import disk_reason
 from asyncflow.core.errors import RunFolderError
 from asyncflow.core.ports import TensorT, TrainEngine
 from asyncflow.core.world import World
 from asyncflow.data.ledger import LedgerSnapshot
-from asyncflow.workflow.checkpoint_folder import begin_draft, newest_valid, prune, publish
+from asyncflow.workflow.checkpoint_folder import begin_draft, draft_of, newest_valid, prune, publish
 
 LEDGER_FILE = "ledger.json"
 
@@ -26,17 +28,27 @@ EMPTY_LEDGER = LedgerSnapshot(admitted=0, trained=0, dropped={}, pending=())
 async def save_checkpoint(
     checkpoints: Path, trainer: TrainEngine[TensorT], step: int, ledger: LedgerSnapshot, keep: int, world: World
 ) -> Path:
-    """Write, make durable and publish the checkpoint after `step` steps; remove the oldest."""
-    draft = await world.run_blocking(lambda: begin_draft(checkpoints, step))
-    await trainer.save(draft)
-    world.disk.write(draft / LEDGER_FILE, msgspec.json.encode(ledger))
+    """Write, make durable and publish the checkpoint after `step` steps; remove the oldest.
 
-    def finish() -> Path:
-        folder = publish(draft, world.disk)
-        prune(checkpoints, keep)
-        return folder
-
-    return await world.run_blocking(finish)
+    A checkpoint that is not published leaves no draft. Raises `RunFolderError` when the disk
+    does not take it.
+    """
+    draft = draft_of(checkpoints, step)
+    try:
+        await world.run_blocking(lambda: begin_draft(checkpoints, step))
+        await trainer.save(draft)
+        world.disk.write(draft / LEDGER_FILE, msgspec.json.encode(ledger))
+        folder = await world.run_blocking(lambda: publish(draft, world.disk))
+    except BaseException as error:
+        shutil.rmtree(draft, ignore_errors=True)  # a draft may be what fills the disk
+        if isinstance(error, Exception) and (reason := disk_reason(error)):
+            raise RunFolderError(
+                f"the checkpoint of step {step} could not be written: {reason}. "
+                f"Repair that, then: asyncflow resume {checkpoints.parent.name}"
+            ) from error
+        raise
+    await world.run_blocking(lambda: prune(folder, keep))
+    return folder
 
 
 def newest_checkpoint(run: Path) -> Path:

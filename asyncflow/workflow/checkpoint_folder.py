@@ -65,9 +65,14 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
     return [folder for _, folder in sorted(found)]
 
 
+def draft_of(checkpoints: Path, step: int) -> Path:
+    """The folder that a checkpoint is written into before it has its name."""
+    return checkpoints / f"{checkpoint_name(step)}.draft"
+
+
 def begin_draft(checkpoints: Path, step: int) -> Path:
     """An empty folder to write the checkpoint into; what a crash left there is removed."""
-    draft = checkpoints / f"{checkpoint_name(step)}.draft"
+    draft = draft_of(checkpoints, step)
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     return draft
@@ -110,12 +115,30 @@ def newest_valid(checkpoints: Path) -> Path | None:
     return next((folder for folder in reversed(list_checkpoints(checkpoints)) if not damage(folder)), None)
 
 
-def prune(checkpoints: Path, keep: int) -> None:
-    """Remove all but the newest `keep` >= 1 checkpoints, and every draft.
+def set_aside_newer(checkpoints: Path, than: Path) -> list[str]:
+    """Rename damaged checkpoints newer than `than` to `step-000040.damaged`; one sentence for each.
 
-    Call it when no draft is being written.
+    A run that goes back to an older checkpoint will come to their steps again.
     """
-    for folder in [*list_checkpoints(checkpoints)[:-keep], *checkpoints.glob("step-*.draft")]:
+    told = []
+    for folder in list_checkpoints(checkpoints):
+        if (checkpoint_step(folder) or 0) > (checkpoint_step(than) or 0) and (reasons := damage(folder)):
+            aside = folder.with_name(f"{folder.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            told.append(f"the checkpoint {folder.name} is damaged and was set aside as {aside.name}: {reasons[0]}")
+    return told
+
+
+def prune(newest: Path, keep: int) -> None:
+    """Remove what is older than the newest `keep` >= 1 checkpoints up to `newest`, and every draft.
+
+    `newest` was just published, so it is whole; checkpoints with a higher step are of a future
+    that the run went back from, and do not count. Call it when no draft is being written.
+    """
+    found = list_checkpoints(newest.parent)
+    older = found[: found.index(newest) + 1]
+    for folder in [*older[:-keep], *newest.parent.glob("step-*.draft")]:
         shutil.rmtree(folder)
 
 

@@ -44,16 +44,52 @@ async def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert kept == ["step-000004", "step-000006", "step-000008"]
 
 
+class FilledUpError(Exception):
+    """Something that no disk says."""
+
+
 async def test_a_trainer_that_fails_to_save_leaves_the_older_checkpoint_the_newest(tmp_path: Path) -> None:
     class Full(ScriptedTrainer):
         async def save(self, folder: Path) -> None:
-            raise OSError(28, "No space left on device")
+            (folder / "weights").write_bytes(b"half")
+            raise FilledUpError("a bug, not the disk")
 
     older = await save(tmp_path, 2)
     trainer = Full(world=WORLD, script=Script(), step=4)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(FilledUpError, match="bug"):
         await save_checkpoint(tmp_path / "checkpoints", trainer, 4, LEDGER, 2, WORLD)
     assert newest_checkpoint(tmp_path) == older
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == [older.name]
+
+
+class SerializationError(Exception):
+    """As libraries raise that are not written in Python: not an `OSError`."""
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SerializationError("I/O error: No space left (os error 28)")]
+)
+async def test_a_full_disk_is_said_in_one_sentence_and_leaves_no_draft(tmp_path: Path, error: Exception) -> None:
+    class Full(ScriptedTrainer):
+        async def save(self, folder: Path) -> None:
+            (folder / "weights").write_bytes(b"half")
+            raise error
+
+    older = await save(tmp_path / "blue-fox", 2)
+    said = r"the checkpoint of step 4 could not be written: no space .* free some.* asyncflow resume blue-fox$"
+    with pytest.raises(RunFolderError, match=said) as caught:
+        await save_checkpoint(older.parent, Full(world=WORLD, script=Script(), step=4), 4, LEDGER, 2, WORLD)
+    assert caught.value.__cause__ is error
+    assert list(older.parent.iterdir()) == [older]
+
+
+async def test_going_back_from_a_damaged_checkpoint_never_costs_the_good_one(tmp_path: Path) -> None:
+    good, damaged = await save(tmp_path, 10), await save(tmp_path, 20)
+    (damaged / LEDGER_FILE).write_bytes(b"")
+    assert newest_checkpoint(tmp_path) == good
+    newer = await save(tmp_path, 11)  # the damaged one is still in its place
+    assert newest_checkpoint(tmp_path) == newer
+    assert good in list_checkpoints(tmp_path / "checkpoints")
 
 
 def test_a_run_without_a_checkpoint_says_so(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from asyncflow.workflow.checkpoint_folder import (
     newest_valid,
     prune,
     publish,
+    set_aside_newer,
 )
 
 
@@ -73,10 +74,29 @@ def test_the_newest_are_kept_by_number_not_by_name(tmp_path: Path) -> None:
     for step in (999_999, 1_000_000, 5):
         save(tmp_path, step)
     begin_draft(tmp_path, 7)
-    prune(tmp_path, keep=2)
+    prune(tmp_path / "step-1000000", keep=2)
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["step-1000000", "step-999999"]
-    prune(tmp_path, keep=1)
+    prune(tmp_path / "step-1000000", keep=1)
     assert [folder.name for folder in tmp_path.iterdir()] == ["step-1000000"]
+
+
+def test_checkpoints_newer_than_the_one_just_published_neither_count_nor_go(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 11):
+        save(tmp_path, step)
+    prune(tmp_path / "step-000011", keep=1)
+    assert [checkpoint_step(folder) for folder in list_checkpoints(tmp_path)] == [11, 20, 30]
+
+
+def test_damaged_checkpoints_are_set_aside_and_whole_ones_are_not(tmp_path: Path) -> None:
+    folders = {step: save(tmp_path, step) for step in (10, 20, 30)}
+    (folders[30] / "model").write_bytes(b"weightsweightt")
+    (folders[10] / "model").write_bytes(b"")  # older: not in the way
+    [told] = set_aside_newer(tmp_path, folders[20])
+    assert told.startswith("the checkpoint step-000030 is damaged and was set aside as step-000030.damaged: ")
+    assert told.endswith("its content changed after it was written")
+    assert list_checkpoints(tmp_path) == [folders[10], folders[20]]
+    assert (tmp_path / "step-000030.damaged" / "model").is_file()
+    assert set_aside_newer(tmp_path, folders[20]) == []
 
 
 def test_only_drafts_are_published(tmp_path: Path) -> None:
