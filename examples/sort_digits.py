@@ -2,10 +2,7 @@
 
 from pathlib import Path
 
-from asyncflow.core.config import RunConfig, SamplingConfig, TrainConfig, WarmupConfig
-from asyncflow.core.types import Demonstration, Prompt
-from asyncflow.core.world import World
-from asyncflow.recipes.recipe import Task
+from asyncflow import Demonstration, Prompt, RunConfig, SamplingConfig, Task, TrainConfig, WarmupConfig, single_turn
 
 
 def defaults() -> RunConfig:
@@ -18,16 +15,19 @@ def defaults() -> RunConfig:
 
 
 def task(config: RunConfig) -> Task:
-    numbers = World(seed=config.seed).rng("digits").permutation(10**6)[:30_000]
-    texts = [f"{number * 97:08d}" for number in numbers]
+    texts = [f"{number * 48_271 % 10**8:08d}" for number in range(1, 30_001)]  # all different
     prompts = [Prompt(id=text, text=f"{text}>", answer="".join(sorted(text))) for text in texts]
     return Task(
         held_out=prompts[:1_000],
         train=prompts[1_000:20_000],
         demonstrations=[Demonstration(prompt=prompt, completion=prompt.answer) for prompt in prompts[20_000:]],
-        reward=lambda prompt, completion: float(completion == prompt.answer),
+        agent=single_turn(reward),
         model=lambda folder: build_model(folder, config.seed),
     )
+
+
+def reward(prompt: Prompt, answer: str) -> float:
+    return float(answer == prompt.answer)
 
 
 def build_model(folder: Path, seed: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import tomllib
 from pathlib import Path
 
@@ -28,7 +29,8 @@ def test_the_example_is_a_recipe_that_can_be_trained() -> None:
     config = resolve(recipe.defaults())
     task = recipe.task(config)
     check_task(task, config)
-    assert all(task.reward(shown.prompt, shown.completion) == 1.0 for shown in task.demonstrations)
+    reward = runpy.run_path(str(EXAMPLE))["reward"]
+    assert all(reward(shown.prompt, shown.completion) == 1.0 for shown in task.demonstrations)
     longest = max(len(shown.completion) for shown in task.demonstrations)
     assert longest < config.sampling.max_tokens, "a completion and its end fit"
 

@@ -34,6 +34,7 @@ from asyncflow.core.world import derive_seed
 from asyncflow.data.prompts import read_prompts
 from asyncflow.recipes.answers import final_number, is_right, without_annotations
 from asyncflow.recipes.recipe import Task
+from asyncflow.rollout.rewards import single_turn
 
 SIZES = ("tiny",)
 TINY_TEMPLATE = "Question: {text}\nAnswer:\n"
@@ -94,7 +95,7 @@ def task(config: RunConfig) -> Task:
     return Task(
         train=train,
         held_out=_problems(config.data, "test", template),
-        reward=reward,
+        agent=single_turn(reward),
         model=lambda folder: _build_model(config, train, folder) if is_built else config.model,
         demonstrations=[Demonstration(prompt=prompt, completion=prompt.fields[SOLUTION]) for prompt in train],
     )

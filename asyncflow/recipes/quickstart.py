@@ -34,6 +34,7 @@ from asyncflow.core.errors import ConfigError
 from asyncflow.core.types import Demonstration, Prompt
 from asyncflow.core.world import World, derive_seed
 from asyncflow.recipes.recipe import Task
+from asyncflow.rollout.rewards import single_turn
 
 ALPHABET = "0123456789+=;>"
 NUM_HELD_OUT = 2_048
@@ -73,7 +74,7 @@ def task(config: RunConfig) -> Task:
     return Task(
         train=train,
         held_out=held_out,
-        reward=reward,
+        agent=single_turn(reward),
         model=lambda folder: _build_model(config, folder),
         demonstrations=demonstrations,
     )

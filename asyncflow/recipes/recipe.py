@@ -18,7 +18,7 @@ from asyncflow.core.errors import AsyncFlowError, ConfigError
 from asyncflow.core.nearest import did_you_mean, nearest
 from asyncflow.core.settings import read_toml, resolve
 from asyncflow.core.types import Demonstration, Prompt
-from asyncflow.rollout.rewards import Reward
+from asyncflow.rollout.chat import Agent
 
 ParamsT = ParamSpec("ParamsT")
 ResultT = TypeVar("ResultT")
@@ -28,14 +28,15 @@ ResultT = TypeVar("ResultT")
 class Task:
     """What is to be learnt. Held-out prompts are never trained on.
 
-    `reward` says what a completion of a prompt is worth: a finite number, 1 where it is right.
-    `model` is given an empty folder, into which it may write a `from_pretrained` folder, and
-    returns a folder or a hub name.
+    `agent` lets the policy answer a prompt and returns what that was worth, 1 where it is right:
+    `single_turn(reward)`, or any asynchronous function over a prompt and a `Chat`. `model` is
+    given an empty folder, into which it may write a `from_pretrained` folder, and returns a
+    folder or a hub name.
     """
 
     train: Sequence[Prompt]
     held_out: Sequence[Prompt]
-    reward: Reward
+    agent: Agent
     model: Callable[[Path], str]
     demonstrations: Sequence[Demonstration] = ()
 

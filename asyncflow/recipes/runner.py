@@ -26,7 +26,6 @@ from asyncflow.observe.records import read_metrics
 from asyncflow.observe.run_folder import RunFolder, read_config
 from asyncflow.recipes.recipe import Recipe, Task, check_task, load_recipe
 from asyncflow.recipes.session import Session, open_session, reinforcement_phase
-from asyncflow.rollout.rewards import single_turn
 from asyncflow.workflow.checkpoint import EMPTY_LEDGER, newest_checkpoint, read_ledger
 from asyncflow.workflow.checkpoint_folder import checkpoint_step
 from asyncflow.workflow.evaluation import evaluate as answer_all
@@ -188,7 +187,7 @@ async def _evaluate(
     async with start_rollout_engine(
         model=str(checkpoint), config=config.rollout, world=world, channel=None, log=folder / "logs" / "eval.log"
     ) as engine:
-        parts = rollout_parts(config, engine, TokenizerRenderer(str(checkpoint)), single_turn(task.reward), world)
+        parts = rollout_parts(config, engine, TokenizerRenderer(str(checkpoint)), task.agent, world)
         parts = evaluation_parts(parts, temperature)
         result = await answer_all(task.held_out[:num_prompts], parts, name="eval", samples=samples)
     return {"step": float(checkpoint.name.rpartition("-")[2]), **asdict(result)}

@@ -21,7 +21,6 @@ from asyncflow.engines.rollout.client import TorchRolloutEngine, start_rollout_e
 from asyncflow.engines.train.optimizer import Phase
 from asyncflow.engines.train.torch_engine import TorchTrainEngine
 from asyncflow.recipes.recipe import Task
-from asyncflow.rollout.rewards import single_turn
 from asyncflow.workflow.checkpoint import save_checkpoint
 from asyncflow.workflow.meter import Meter
 from asyncflow.workflow.reinforce import Setup
@@ -47,7 +46,7 @@ class Session:
             trainer=self.trainer,
             rollout=self.rollout,
             renderer=self.renderer,
-            agent=single_turn(self.task.reward),
+            agent=self.task.agent,
             algorithm=make_algorithm(self.config.algorithm, max_tokens=self.config.sampling.max_tokens),
             prompts=self.task.train,
             held_out=self.task.held_out,

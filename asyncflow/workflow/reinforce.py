@@ -144,8 +144,6 @@ def rollout_parts(
     params = SamplingParams(
         max_tokens=sampling.max_tokens,
         temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
         stop_token_ids=renderer.stop_token_ids,
     )
     return RolloutParts(
@@ -159,8 +157,8 @@ def rollout_parts(
 
 
 def evaluation_parts(parts: RolloutParts, temperature: float) -> RolloutParts:
-    """The same rollouts, sampled from the whole distribution at another temperature."""
-    return replace(parts, params=replace(parts.params, temperature=temperature, top_p=1.0, top_k=0))
+    """The same rollouts, at another temperature."""
+    return replace(parts, params=replace(parts.params, temperature=temperature))
 
 
 async def measure(config: RunConfig, setup: Setup[TensorT], parts: RolloutParts, version: PolicyVersion) -> Evaluation:

@@ -22,6 +22,7 @@ from asyncflow.core.config import (
 from asyncflow.core.types import Demonstration, Prompt
 from asyncflow.engines.models import build_character_model
 from asyncflow.recipes.recipe import Task
+from asyncflow.rollout.rewards import single_turn
 
 
 def defaults():
@@ -43,7 +44,7 @@ def task(config):
     return Task(
         train=prompts[:80],
         held_out=prompts[80:],
-        reward=copied,
+        agent=single_turn(copied),
         model=lambda folder: config.model if config.model != "tiny" else build(folder),
         demonstrations=[Demonstration(prompt=prompt, completion=prompt.answer) for prompt in prompts[:40]],
     )

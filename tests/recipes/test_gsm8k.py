@@ -12,7 +12,7 @@ import pytest
 from asyncflow.core.config import RunConfig, WarmupConfig
 from asyncflow.core.errors import ConfigError
 from asyncflow.recipes.answers import final_number
-from asyncflow.recipes.gsm8k import SOLUTION, defaults, task
+from asyncflow.recipes.gsm8k import SOLUTION, defaults, reward, task
 from asyncflow.recipes.recipe import check_task, load_recipe
 
 ROOT = Path(__file__).parent.parent.parent
@@ -55,7 +55,7 @@ def test_problems_solutions_and_demonstrations(data: Path) -> None:
 )
 def test_reward(data: Path, completion: str, expected: float) -> None:
     made = task(configure(data))
-    assert made.reward(made.held_out[0], completion) == expected
+    assert reward(made.held_out[0], completion) == expected
 
 
 def test_a_real_model_is_asked_and_not_warmed_up(data: Path, tmp_path: Path) -> None:
@@ -107,8 +107,8 @@ def test_every_reference_is_right_by_itself_and_wrong_when_changed() -> None:
     for prompt in [*made.train, *made.held_out]:
         number = final_number(prompt.answer)
         assert number is not None
-        assert made.reward(prompt, prompt.fields[SOLUTION]) == 1.0, prompt
-        assert made.reward(prompt, f"It is {number}.") == 1.0, prompt
-        assert made.reward(prompt, f"{prompt.fields[SOLUTION]}1") == 0.0, prompt
-        assert made.reward(replace(prompt, answer=str(number + 1)), prompt.fields[SOLUTION]) == 0.0, prompt
+        assert reward(prompt, prompt.fields[SOLUTION]) == 1.0, prompt
+        assert reward(prompt, f"It is {number}.") == 1.0, prompt
+        assert reward(prompt, f"{prompt.fields[SOLUTION]}1") == 0.0, prompt
+        assert reward(replace(prompt, answer=str(number + 1)), prompt.fields[SOLUTION]) == 0.0, prompt
         assert "<<" not in prompt.fields[SOLUTION]

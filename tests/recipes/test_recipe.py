@@ -10,6 +10,7 @@ from asyncflow.core.config import RunConfig, WarmupConfig
 from asyncflow.core.errors import ConfigError
 from asyncflow.core.types import Demonstration, Prompt
 from asyncflow.recipes.recipe import Task, check_task, list_recipes, load_recipe
+from asyncflow.rollout.rewards import single_turn
 
 OWN = '''"""My task.
 
@@ -31,7 +32,9 @@ def prompt(name: str, text: str = "") -> Prompt:
 
 def task_of(train: list[Prompt], held_out: list[Prompt], shown: list[Prompt] | None = None) -> Task:
     demonstrations = [Demonstration(prompt=one, completion="") for one in shown or []]
-    return Task(train=train, held_out=held_out, reward=lambda _, __: 0.0, model=str, demonstrations=demonstrations)
+    return Task(
+        train=train, held_out=held_out, agent=single_turn(lambda _, __: 0.0), model=str, demonstrations=demonstrations
+    )
 
 
 def problems_of(task: Task, config: RunConfig | None = None) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ class Phase:
             betas=config.betas,
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
-            rise_steps=config.warmup_steps,
+            rise_steps=config.rise_steps,
             temperature=temperature,
         )
 
