@@ -136,9 +136,13 @@ class World:
     def start_python(
         module: str, arguments: Sequence[str], *, environment: dict[str, str], pass_fds: Sequence[int], stderr: int
     ) -> subprocess.Popen[bytes]:
-        """Start `python -m MODULE ARGUMENTS` in a session of its own, so that Ctrl-C reaches only us."""
+        """Start `python -P -m MODULE ARGUMENTS` in a session of its own, so that Ctrl-C reaches only us.
+
+        With -P the working folder is no place to import from: a `queue.py` that lies there would
+        be taken for Python's own. Installed packages and `PYTHONPATH` are found as ever.
+        """
         return subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
+            [sys.executable, "-P", "-m", module, *arguments],
             env=os.environ | environment,
             pass_fds=tuple(pass_fds),
             stdin=subprocess.DEVNULL,
