@@ -15,6 +15,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -155,7 +156,10 @@ class TorchTrainEngine:
         await self._compute.run(partial(self._save, folder))
 
     async def load(self, folder: Path) -> None:
-        """Go back to what `save` wrote, phase included. Raises `RunFolderError` when it is something else."""
+        """Go back to what `save` wrote, phase included, under the lineage given to `open`.
+
+        Raises `RunFolderError` when it is something else.
+        """
         await self._compute.run(partial(self._load, folder))
 
     async def aclose(self) -> None:
@@ -226,7 +230,8 @@ class TorchTrainEngine:
             read_weights(folder, self._loaded.model)
             self._begin(state.phase)
             self._optimizer.restore(state.phase_steps, optimizer_state)
-            self._version = state.version
+            # The lineage is this start's: versions from here on are not those that the saved run went on to.
+            self._version = replace(state.version, lineage=self._version.lineage)
 
     # -- in the export thread -----------------------------------------------------------------
 

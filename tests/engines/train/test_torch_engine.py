@@ -178,6 +178,21 @@ async def test_a_checkpoint_is_a_model_and_continues_bit_for_bit(tmp_path: Path)
     assert AutoModelForCausalLM.from_pretrained(folder).config.hidden_size == 32
 
 
+async def test_a_resumed_engine_keeps_the_lineage_it_was_opened_with(tmp_path: Path) -> None:
+    """Steps after a resume are not those that the first start took under the same numbers."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    source = build_tiny_model(tmp_path / "model")
+    async with open_engine(source, lineage="run.1") as first, open_engine(source, lineage="run.2") as second:
+        await first.accumulate(make_batch([4]), make_loss())
+        await first.apply(10.0)
+        await first.save(folder)
+        await second.load(folder)
+        assert second.version == PolicyVersion(step=1, lineage="run.2")
+        await second.begin_phase(PHASE)
+        assert (await second.export_weights()).version.lineage == "run.2"
+
+
 async def test_a_folder_of_something_else_is_no_checkpoint(tmp_path: Path) -> None:
     async with open_engine(build_tiny_model(tmp_path)) as engine:
         with pytest.raises(RunFolderError, match="not a checkpoint"):

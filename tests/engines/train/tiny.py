@@ -41,9 +41,13 @@ def build_tiny_model(folder: Path, seed: int = 3) -> str:
 
 @asynccontextmanager
 async def open_engine(
-    source: str, phase: Phase = PHASE, config: TrainConfig = CONFIG, export_dtype: str = "float32"
+    source: str,
+    phase: Phase = PHASE,
+    config: TrainConfig = CONFIG,
+    export_dtype: str = "float32",
+    lineage: str = "",
 ) -> AsyncIterator[TorchTrainEngine]:
-    engine = await TorchTrainEngine.open(source, config, phase=phase, export_dtype=export_dtype)
+    engine = await TorchTrainEngine.open(source, config, phase=phase, export_dtype=export_dtype, lineage=lineage)
     try:
         yield engine
     finally:
