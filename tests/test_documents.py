@@ -11,6 +11,8 @@ import pytest
 
 from asyncflow.cli.app import app
 from asyncflow.core.settings import resolve
+from asyncflow.core.types import Prompt
+from asyncflow.plan.virtual import run_virtually
 from asyncflow.recipes.recipe import check_task, list_recipes, load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +35,26 @@ def test_the_example_is_a_recipe_that_can_be_trained() -> None:
     assert all(reward(shown.prompt, shown.completion) == 1.0 for shown in task.demonstrations)
     longest = max(len(shown.completion) for shown in task.demonstrations)
     assert longest < config.sampling.max_tokens, "a completion and its end fit"
+
+
+def test_the_agent_of_several_turns_is_told_where_the_digit_lies() -> None:
+    recipe = load_recipe(str(ROOT / "examples" / "guess_digit.py"))
+    config = recipe.configure()
+    check_task(recipe.task(config), config)
+    assert len((ROOT / "examples" / "guess_digit.py").read_text().splitlines()) <= 40
+    play = runpy.run_path(str(ROOT / "examples" / "guess_digit.py"))["play"]
+    heard: list[str] = []
+
+    class Guesser:
+        async def respond(self, hint: str) -> str:
+            heard.append(hint)
+            return "573"[len(heard) - 1]
+
+    assert run_virtually(play(Prompt(id="", text="00001?", answer="6"), Guesser())) == 0.0
+    assert heard == ["00001?", ">", "<"]
+    heard.clear()
+    assert run_virtually(play(Prompt(id="", text="00001?", answer="7"), Guesser())) == 1.0
+    assert heard == ["00001?", ">"]
 
 
 def test_the_example_builds_its_model(tmp_path: Path) -> None:
