@@ -169,7 +169,7 @@ def configure(recipe: Recipe, word: str, words: list[str]) -> RunConfig:
 
 def _show_plan(recipe: Recipe, config: RunConfig, root: Path) -> None:
     if config.name:
-        check_free(root / config.name, World(seed=config.seed))
+        check_free(root, config.name, World(seed=config.seed))
     from asyncflow.recipes import runner
 
     where = ("run folder", str(root / (config.name or "(a new name)")))

@@ -113,8 +113,10 @@ def run_word(folder: Path) -> str:
 
 def _standing(folder: Path, state: ProgressState) -> str:
     checkpoints = list_checkpoints(folder / "checkpoints")
-    if not state.plan.name or not checkpoints:
-        return "before the first checkpoint: there is nothing to continue, start it again"
+    if not state.plan.name:
+        return "before the run began: nothing was kept"
+    if not checkpoints:
+        return f"before the first checkpoint. Start it from the beginning: asyncflow resume {run_word(folder)}"
     kept = f"the checkpoint of step {checkpoint_step(checkpoints[-1])} is on disk"
     return f"after step {state.step}; {kept}. Continue: asyncflow resume {run_word(folder)}"
 

@@ -32,7 +32,8 @@ class RunState:
     """The content of `run.json`. A run that says `running` without a live process crashed.
 
     `reason` is the error that ended a failed run. `num_starts` counts the first start and
-    every resume.
+    every resume. `prompts` is the fingerprint of what is trained on and held out; empty where
+    nobody gave one.
     """
 
     name: str
@@ -44,6 +45,7 @@ class RunState:
     reason: str = ""
     pid: int
     num_starts: int = 1
+    prompts: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
 
 

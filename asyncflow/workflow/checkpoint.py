@@ -17,7 +17,15 @@ from asyncflow.core.errors import RunFolderError
 from asyncflow.core.ports import TensorT, TrainEngine
 from asyncflow.core.world import World
 from asyncflow.data.ledger import LedgerSnapshot
-from asyncflow.workflow.checkpoint_folder import begin_draft, draft_of, newest_valid, prune, publish
+from asyncflow.workflow.checkpoint_folder import (
+    begin_draft,
+    draft_of,
+    has_checkpoints,
+    list_checkpoints,
+    newest_valid,
+    prune,
+    publish,
+)
 
 LEDGER_FILE = "ledger.json"
 
@@ -53,10 +61,18 @@ async def save_checkpoint(
 
 def newest_checkpoint(run: Path) -> Path:
     """The newest whole checkpoint of a run. Raises `RunFolderError` when there is none."""
-    found = newest_valid(run / "checkpoints")
-    if found is None:
-        raise RunFolderError(f"{run} holds no checkpoint: the run ended before its first one. Start it again")
-    return found
+    checkpoints = run / "checkpoints"
+    searched: list[Path] | None = None
+    while (listed := list_checkpoints(checkpoints)) != searched:  # a live run may prune while we search
+        searched = listed
+        if found := newest_valid(checkpoints):
+            return found
+    if has_checkpoints(checkpoints):
+        raise RunFolderError(f"{checkpoints} holds no whole checkpoint: every one of them is damaged")
+    raise RunFolderError(
+        f"{run} holds no checkpoint: the run has not come to its first one. "
+        f"Start it from the beginning: asyncflow resume {run.name}"
+    )
 
 
 def read_ledger(checkpoint: Path, world: World) -> LedgerSnapshot:

@@ -65,6 +65,11 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
     return [folder for _, folder in sorted(found)]
 
 
+def has_checkpoints(checkpoints: Path) -> bool:
+    """Whether anything was ever published here, damaged or not."""
+    return any(folder.suffix != ".draft" for folder in checkpoints.glob("step-*"))
+
+
 def draft_of(checkpoints: Path, step: int) -> Path:
     """The folder that a checkpoint is written into before it has its name."""
     return checkpoints / f"{checkpoint_name(step)}.draft"

@@ -101,8 +101,11 @@ def test_a_dry_run_says_what_would_run_and_starts_nothing(runner: FakeRunner, ca
     assert [name for name, _ in runner.calls] == ["dry_run"]
     assert list(tmp_path.iterdir()) == []
     assert main(["run", "quickstart", "--name", "one"]) == 0
+    publish(begin_draft(Path("runs/one/checkpoints"), 2), RealDisk())
     assert main(["run", "quickstart", "--dry-run", "--name", "one"]) == 1
     assert "already holds a run" in capsys.readouterr().err
+    assert main(["run", "quickstart", "--dry-run", "--name", "../x"]) == 1
+    assert "'../x' cannot name a run" in capsys.readouterr().err
 
 
 def test_errors_of_a_run_are_one_message_also_out_of_groups(runner: FakeRunner, capsys: Out) -> None:
@@ -125,7 +128,7 @@ def test_an_interrupted_run_says_how_to_continue(runner: FakeRunner, capsys: Out
     runner.error = KeyboardInterrupt()
     assert main(["run", "quickstart", "--name", "one"]) == 130
     err = capsys.readouterr().err
-    assert err == ("interrupted before the first checkpoint: there is nothing to continue, start it again\n")
+    assert err == "interrupted before the first checkpoint. Start it from the beginning: asyncflow resume one\n"
     publish(begin_draft(Path("runs/one/checkpoints"), 2), RealDisk())
     assert main(["resume", "one", "steps=9"]) == 130
     assert "after step 3; the checkpoint of step 2 is on disk. Continue:" in capsys.readouterr().err

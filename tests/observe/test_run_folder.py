@@ -11,10 +11,12 @@ import pytest
 
 from asyncflow.core.config import RunConfig
 from asyncflow.core.errors import EngineLostError, RolloutError, RunFolderError
+from asyncflow.core.settings import resolve
 from asyncflow.core.world import MemoryDisk, RealDisk, World
-from asyncflow.observe.run_folder import RunFolder, find_run, list_runs, read_config
+from asyncflow.observe.run_folder import CONFIG_FILE, RunFolder, check_free, find_run, list_runs, read_config
 from asyncflow.observe.run_names import invent_names
 from asyncflow.observe.run_state import RUN_FILE, RunState, read_state
+from asyncflow.workflow.checkpoint_folder import begin_draft, publish
 
 CONFIG = RunConfig(recipe="quickstart", name="one", seed=3)
 
@@ -69,10 +71,49 @@ def test_the_end_of_a_run_is_recorded(tmp_path: Path, error: BaseException | Non
 
 
 def test_a_second_run_of_that_name_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    with create(tmp_path):
-        pass
+    with create(tmp_path) as folder:
+        begin_draft(folder.checkpoints, 2)
+        publish(begin_draft(folder.checkpoints, 0), RealDisk())
     with pytest.raises(RunFolderError, match=r"already holds a run\. Continue it: asyncflow resume one; or .* --name"):
         create(tmp_path)
+
+
+def test_a_run_that_came_to_no_checkpoint_makes_room_and_is_kept(tmp_path: Path) -> None:
+    for number in (1, 2):
+        with create(tmp_path) as folder:
+            begin_draft(folder.checkpoints, 0)
+            (folder.path / "note").write_text(f"attempt {number}")
+            with pytest.raises(RunFolderError, match="is being run by another process"):
+                create(tmp_path)
+    with create(tmp_path) as third:
+        assert third.moved_aside == tmp_path / "one.old-2"
+        assert not (third.path / "note").exists()
+        with pytest.raises(RunFolderError, match="is being run by another process"):  # the new lock holds
+            RunFolder.reopen(third.path, world=World())
+    assert [(tmp_path / f"one.old-{number}" / "note").read_text() for number in (1, 2)] == ["attempt 1", "attempt 2"]
+    assert find_run("on", tmp_path) == tmp_path / "one"
+    assert find_run("one.old-1", tmp_path) == tmp_path / "one.old-1"
+    assert list_runs(tmp_path) == [tmp_path / "one"]
+
+
+def test_the_file_in_the_folder_runs_again_with_and_without_a_name(tmp_path: Path) -> None:
+    for name in ("", "one"):
+        with create(tmp_path, name) as folder:
+            publish(begin_draft(folder.checkpoints, 0), RealDisk())
+        again = resolve(RunConfig(), file=folder.path / CONFIG_FILE)
+        with RunFolder.create(again, root=tmp_path, world=World(seed=again.seed)) as second:
+            assert second.path != folder.path
+            assert second.moved_aside is None
+            publish(begin_draft(second.checkpoints, 0), RealDisk())
+        assert read_config(folder.path) == folder.config
+        assert state_of(folder.path).name == folder.path.name
+
+
+def test_the_prompts_that_a_run_began_with_are_remembered_through_a_resume(tmp_path: Path) -> None:
+    with RunFolder.create(CONFIG, root=tmp_path, world=World(), prompts="abc") as folder:
+        pass
+    with RunFolder.reopen(folder.path, world=World()) as again:
+        assert again.state.prompts == state_of(folder.path).prompts == "abc"
 
 
 def test_foreign_files_and_names_that_are_paths_are_refused(tmp_path: Path) -> None:
@@ -80,9 +121,11 @@ def test_foreign_files_and_names_that_are_paths_are_refused(tmp_path: Path) -> N
     (tmp_path / "src" / "code.py").touch()
     with pytest.raises(RunFolderError, match="holds files that are not a run's"):
         create(tmp_path, "src")
-    for name in ("../one", "a/b", ".."):
+    for name in ("../one", "a/b", "..", "/tmp", ".hidden", "red\x1b[31m"):
         with pytest.raises(RunFolderError, match="cannot name a run"):
             create(tmp_path, name)
+        with pytest.raises(RunFolderError, match="cannot name a run"):
+            check_free(tmp_path, name, World())
 
 
 def test_a_folder_has_one_writer_at_a_time(tmp_path: Path) -> None:
@@ -152,3 +195,16 @@ def test_a_full_disk_does_not_hide_the_error_that_ended_the_run(tmp_path: Path) 
     with pytest.raises(OSError, match="No space left"):
         folder.finish("finished")
     RunFolder.reopen(folder.path, world=World()).close()  # and the lock was let go
+
+
+def test_a_full_disk_is_said_in_one_sentence(tmp_path: Path) -> None:
+    class FullDisk(RealDisk):
+        def write(self, path: Path, data: bytes) -> None:
+            raise OSError(28, "No space left on device")
+
+    create(tmp_path).close()
+    with pytest.raises(RunFolderError, match=r"one can't be written: no space is left on the disk: free some"):
+        RunFolder.reopen(tmp_path / "one", world=World(disk=FullDisk()))
+    with pytest.raises(RunFolderError, match=r"two can't be written: no space"):
+        RunFolder.create(CONFIG.model_copy(update={"name": "two"}), root=tmp_path, world=World(disk=FullDisk()))
+    RunFolder.reopen(tmp_path / "one", world=World()).close()  # and the lock was let go
