@@ -2,10 +2,12 @@
 
 Let P groups make an optimizer step, S be the bound, W the look-ahead, v the trainer's version.
 
-**Admission.** A group may start while ``admitted - dropped < (live_version + 1 + S) * P``.
+The *rank* of a group is the number of groups admitted before it and not dropped.
 
-**Order.** The *rank* of a group is the number of groups admitted before it and not dropped.
-In the step that makes version v + 1, a group may be taken when its rank is below
+**Admission.** A group may start when its rank is below ``(live_version + 1 + S) * P``; for a
+new one, that is ``admitted - dropped``.
+
+**Order.** In the step that makes version v + 1, a group may be taken when its rank is below
 ``(v + 1) * P``, or below ``r + W`` where r is the rank of the oldest group not yet taken.
 
 **Claim.** No token is older than ``S + ceil((W - 1) / P)`` versions when it is trained on.
@@ -21,6 +23,14 @@ taken) there would be more than v P groups of rank below v P: impossible. So the
 ones and i itself fit below rank(i) + W: v P + 1 <= rank(i) + W, hence
 v <= (rank(i) + W - 1) / P <= ((u + 1 + S) P + W - 2) / P, and for whole v that is at most
 u + S + ceil((W - 1) / P). With W = 1 the bound is S itself.  ∎
+
+**Resume.** A checkpoint of version w holds w P trained groups and those to issue again, which
+are rolled out anew. Let the trained ones be first in line, of ranks below w P, and those to
+issue again next, in their order. The proof then holds for the resumed run with *its* S, W and
+steps, whatever those before were: a group to issue again passes the same gate, under weights
+of version w or later, and the groups that were trained before have ranks below w P <= v P, as
+the order rule asks of them. Groups whose rank the gate never admits (fewer steps than before)
+stay pending.
 
 Inside one step the order is free: all P groups are needed anyway, so a group is trained the
 moment it is complete. ``S = 0`` is synchronous training.
@@ -51,15 +61,15 @@ class Gate:
         """
         return self.max_staleness + -(-(self.look_ahead - 1) // self.groups_per_step)
 
-    def may_admit(self, *, admitted: int, dropped: int, live_step: int) -> bool:
-        """Whether one more group may start. No group starts that the run can never train.
+    def may_admit(self, *, rank: int, live_step: int) -> bool:
+        """Whether the group of this rank may start. No group starts that the run can never train.
 
         >>> gate = Gate(groups_per_step=4, max_staleness=1, steps=9)
-        >>> [gate.may_admit(admitted=n, dropped=0, live_step=0) for n in (7, 8)]
+        >>> [gate.may_admit(rank=rank, live_step=0) for rank in (7, 8)]
         [True, False]
         """
         horizon = min(live_step + 1 + self.max_staleness, self.steps)
-        return admitted - dropped < horizon * self.groups_per_step
+        return rank < horizon * self.groups_per_step
 
     def may_take(self, *, rank: int, oldest_rank: int, step: int) -> bool:
         """Whether the group of this rank may be trained in the step after version `step`."""

@@ -105,7 +105,8 @@ class Ledger:
         self._reissue = list(snapshot.pending) if snapshot else []
         self._records: dict[Ticket, _Record] = {ticket: _Record() for ticket in self._reissue}
         # Undropped tickets in order of admission, from the oldest pending one on; the trained ones
-        # among them were taken ahead of it. `_before` counts the undropped tickets older than that.
+        # among them were taken ahead of it. `_before` counts the undropped tickets older than that. A
+        # snapshot does not say which trained tickets were ahead: all go to the front, which the gate allows.
         self._line: list[Ticket] = list(self._reissue)
         self._before = self._trained
         self.live_step: int | None = None
@@ -117,9 +118,15 @@ class Ledger:
         """Whether `admit` may be called now. Nothing starts before some weights are live."""
         if self.live_step is None:
             return False
-        return bool(self._reissue) or self.gate.may_admit(
-            admitted=self._admitted, dropped=self._dropped.total(), live_step=self.live_step
-        )
+        return self.gate.may_admit(rank=self._next_rank(), live_step=self.live_step)
+
+    def _next_rank(self) -> int:
+        """The rank of the group that `admit` would issue: the oldest of those to issue again, or a new one.
+
+        A ticket to issue again is held to the gate as well: the run before a resume may have had
+        a larger bound or more steps.
+        """
+        return self._before + (self._line.index(self._reissue[0]) if self._reissue else len(self._line))
 
     def admit(self) -> Ticket:
         """The next ticket: one that a crash left unfinished, or a new one."""

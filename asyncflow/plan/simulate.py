@@ -118,7 +118,7 @@ async def _run(config: RunConfig, script: Script, agent: Agent, snapshot: Ledger
         save=save,
     )
     queue = await reinforce(config, setup, snapshot)
-    elapsed_s = world.now_s()
+    elapsed_s = max(1e-9, world.now_s())  # a run that was at its end already may take no time at all
     train, rollout = (join_spans(recorder.spans[role], 0.0, elapsed_s) for role in ("train", "rollout"))
     return Simulation(
         elapsed_s=elapsed_s,
@@ -126,7 +126,7 @@ async def _run(config: RunConfig, script: Script, agent: Agent, snapshot: Ledger
         train_busy=total_s(train) / elapsed_s,
         rollout_busy=total_s(rollout) / elapsed_s,
         both_busy=total_s(common_spans(train, rollout)) / elapsed_s,
-        staleness_max=max(int(record["staleness_max"]) for record in recorder.steps),
+        staleness_max=max((int(record["staleness_max"]) for record in recorder.steps), default=0),
         counts=queue.counts(),
         trained_rows=tuple(trainer.trained_rows),
         snapshots=tuple(saved),

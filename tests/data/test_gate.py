@@ -20,13 +20,12 @@ def test_bound_follows_the_formula(max_staleness: int, look_ahead: int, bound: i
 
 def test_synchronous_training_admits_one_step_at_a_time() -> None:
     gate = Gate(groups_per_step=4, max_staleness=0, steps=9)
-    assert [gate.may_admit(admitted=n, dropped=0, live_step=2) for n in (11, 12, 13)] == [True, False, False]
-    assert gate.may_admit(admitted=13, dropped=2, live_step=2)
+    assert [gate.may_admit(rank=rank, live_step=2) for rank in (11, 12, 13)] == [True, False, False]
 
 
 def test_no_group_starts_that_the_run_can_never_train() -> None:
     gate = Gate(groups_per_step=4, max_staleness=5, steps=3)
-    assert not gate.may_admit(admitted=12, dropped=0, live_step=1)
+    assert not gate.may_admit(rank=12, live_step=1)
 
 
 @given(
@@ -42,17 +41,15 @@ def test_no_order_of_events_breaks_the_bound(
     gate = Gate(groups_per_step=groups_per_step, max_staleness=max_staleness, steps=12, look_ahead=look_ahead)
     rng = np.random.default_rng(seed)
     line: list[list[int]] = []  # [version at admission, 1 if taken], undropped groups in order
-    admitted = dropped = taken = step = 0
+    taken = step = 0
     for _ in range(600):
-        may_admit = gate.may_admit(admitted=admitted, dropped=dropped, live_step=step)
+        may_admit = gate.may_admit(rank=len(line), live_step=step)
         choices = [rank for rank, (_, is_taken) in enumerate(line) if not is_taken]
         event = rng.random()
         if may_admit and event < 0.5:
             line.append([step, 0])
-            admitted += 1
         elif choices and event < 0.6:
             del line[rng.choice(choices)]
-            dropped += 1
         elif choices:
             rank = int(rng.choice(choices))
             if gate.may_take(rank=rank, oldest_rank=choices[0], step=step):

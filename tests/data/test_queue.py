@@ -327,3 +327,32 @@ def test_a_queue_restored_from_a_snapshot_issues_the_unfinished_tickets_again() 
         assert restored.counts() == queue.counts().__class__(admitted=6, trained=2, dropped={}, pending=4)
 
     virtually(main())
+
+
+def test_tickets_issued_again_wait_for_the_gate_of_the_resumed_run() -> None:
+    """The run before had `max_staleness = 3`; this one is synchronous and shorter."""
+
+    async def main() -> None:
+        queue = make_queue(groups_per_step=2, max_staleness=3)
+        for _ in range(8):
+            await queue.reserve()
+        restored = TransferQueue(
+            [QueueTask(name="train", needs=("token_ids",), trains=True)],
+            Gate(groups_per_step=2, max_staleness=0, steps=2),
+            snapshot=queue.snapshot(),
+        )
+        restored.advance(PolicyVersion(step=0))
+        assert [await restored.reserve() for _ in range(2)] == [0, 1]
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(1):
+                await restored.reserve()
+        restored.drop(Ticket(0), reason="failed")
+        assert await restored.reserve() == 2
+        restored.advance(PolicyVersion(step=5))
+        assert [await restored.reserve() for _ in range(2)] == [3, 4]
+        with pytest.raises(TimeoutError):  # steps * groups_per_step = 4 groups are all that it can train
+            async with asyncio.timeout(1):
+                await restored.reserve()
+        assert restored.counts().pending == 7
+
+    virtually(main())

@@ -116,8 +116,14 @@ def test_a_run_resumed_from_any_checkpoint_trains_every_ticket_once(first: int) 
         whole = simulate(config, script, seed=seed)
         snapshot = whole.snapshots[int(rng.integers(len(whole.snapshots)))]
         step = snapshot.trained // config.groups_per_step
-        if step == config.steps:
-            continue
+        redrawn = draw_config(rng)  # a resume may change these, up or down
+        config = config.model_copy(
+            update={
+                "steps": step + int(rng.integers(0, 5)),
+                "max_staleness": redrawn.max_staleness,
+                "look_ahead": redrawn.look_ahead,
+            }
+        )
         resumed = simulate(config, script, seed=seed + 1, snapshot=snapshot)
         check_promises(config, resumed)
         kept = tuple(row for row in whole.trained_rows if row[2] < step)
