@@ -7,11 +7,7 @@ from asyncflow import Chat, Prompt, RunConfig, SamplingConfig, Task, TrainConfig
 
 
 def defaults() -> RunConfig:
-    return RunConfig(
-        steps=60,
-        sampling=SamplingConfig(max_tokens=1),
-        train=TrainConfig(learning_rate=1e-3),
-    )
+    return RunConfig(steps=60, sampling=SamplingConfig(max_tokens=1), train=TrainConfig(learning_rate=1e-3))
 
 
 def task(config: RunConfig) -> Task:
