@@ -7,18 +7,23 @@ Equal arguments give equal weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import sqrt
 from pathlib import Path
 from typing import Protocol, cast
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -33,6 +38,18 @@ END = "<eos>"
 
 PAD = "<pad>"
 """Fills batches of the fallback path and of other programs; never sampled by a trained policy."""
+
+SAFE_WEIGHTS = (
+    "Weights are read from safetensors only (model.safetensors or its parts), "
+    "because other files of weights, such as pytorch_model.bin, can run code"
+)
+
+ATTENDS_TO_ALL = "full_attention"
+WINDOWS: Mapping[str, str] = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+"""Kinds of attention that see a part of the sequence, and the setting that says how much."""
+
+UNLIMITED = 1 << 30
+"""The context of a model whose configuration names no limit."""
 
 
 class TextTokenizer(Protocol):
@@ -180,7 +197,55 @@ def check_weights(name: str) -> None:
     """Raise `ConfigError` where a model folder holds no weights. A hub name is not looked into."""
     folder = Path(name)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise ConfigError(f"{name} is a folder without weights: expected model.safetensors in it, or its parts")
+        raise ConfigError(f"{name} is a folder without weights that can be used: {SAFE_WEIGHTS}")
+
+
+def open_weights(name: str, device: str, dtype: torch.dtype, *, attention: str | None = None) -> PreTrainedModel:
+    """The causal language model of a folder or hub name, in evaluation mode; the one way in for weights.
+
+    `attention` names an implementation; without one, transformers chooses. Raises `ConfigError`.
+    """
+    try:
+        with progress_bars_hidden():
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, attn_implementation=attention, use_safetensors=True
+            )
+        return model.to(device).eval()
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(
+            f"{name} can't be opened as a causal language model on {device}: {error}. {SAFE_WEIGHTS}"
+        ) from error
+
+
+def context_length(name: str) -> int:
+    """Tokens of a sequence at most, prompt and completion together, of a model folder or hub name.
+
+    Reads its configuration and no weights. Raises `ConfigError` where there is none, and for
+    models that the built-in engines can't serve.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name} has no configuration that can be read: {error}") from error
+    return context_of(config)
+
+
+def context_of(config: PretrainedConfig) -> int:
+    """A model's positions, or its attention window if that is shorter.
+
+    Within its window, sliding or chunked attention is full attention, which the rollout
+    engine's cache implements. Raises `ConfigError` for layers that are not attention.
+    """
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or [ATTENDS_TO_ALL])
+    if unknown := kinds - {ATTENDS_TO_ALL} - WINDOWS.keys():
+        raise ConfigError(f"the torch engine can't serve layers of kind {', '.join(sorted(unknown))}; use another one")
+    limits = [getattr(text, "max_position_embeddings", None)]
+    has_layer_types = getattr(text, "layer_types", None) is not None
+    for kind, setting in WINDOWS.items():
+        if kind in kinds or not has_layer_types:
+            limits.append(getattr(text, setting, None))
+    return min(limit for limit in (*limits, UNLIMITED) if limit)
 
 
 @contextmanager

@@ -1,11 +1,21 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MistralConfig
 
 from asyncflow.core.errors import ConfigError
-from asyncflow.engines.models import build_character_model, build_text_model, load_tokenizer
+from asyncflow.engines.models import (
+    build_character_model,
+    build_text_model,
+    check_weights,
+    context_length,
+    load_tokenizer,
+    open_weights,
+)
+from asyncflow.engines.rollout.model import open_model
+from asyncflow.engines.train.source import load_model
 
 TEXT_SIZES = {
     "vocab_size": 300, "layers": 1, "width": 32, "heads": 4, "kv_heads": 2, "intermediate": 48, "max_len": 64
@@ -84,3 +94,46 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
     config.write_text(config.read_text().replace('"eos_token": "<eos>",', ""))
     with pytest.raises(ConfigError, match="no end token"):
         load_tokenizer(str(tmp_path))
+
+
+OPENERS: list[Callable[[str], object]] = [
+    lambda name: load_model(name, "cpu"),
+    lambda name: open_model(name, "cpu", "float32"),
+    check_weights,
+]
+
+
+@pytest.mark.parametrize("use", OPENERS, ids=["train", "rollout", "check"])
+def test_weights_that_could_run_code_are_not_read(tmp_path: Path, use: Callable[[str], object]) -> None:
+    """A whole model, so that transformers would read it, but saved by pickle."""
+    build_characters(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    use(str(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="read from safetensors only"):
+        use(str(tmp_path))
+
+
+def test_damaged_weights_are_a_configuration_error(tmp_path: Path) -> None:
+    build_characters(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match="can't be opened"):
+        open_weights(str(tmp_path), "cpu", torch.float32)
+
+
+def test_the_context_is_known_without_weights(tmp_path: Path) -> None:
+    build_characters(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert context_length(str(tmp_path)) == 64
+
+
+def test_a_window_bounds_the_context(tmp_path: Path) -> None:
+    MistralConfig(max_position_embeddings=512, sliding_window=128).save_pretrained(tmp_path)
+    assert context_length(str(tmp_path)) == 128
+
+
+def test_a_folder_without_a_configuration_has_no_context(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no configuration"):
+        context_length(str(tmp_path))

@@ -7,64 +7,28 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from asyncflow.core.errors import ConfigError, WeightSyncError
 from asyncflow.core.types import WeightsRef
 from asyncflow.engines.channel import Array, Manifest, MemoryChannel, fingerprint
+from asyncflow.engines.models import context_of, open_weights
 from asyncflow.engines.rollout.attention import register
 from asyncflow.engines.rollout.cache import SlotCache
 
-ATTENDS_TO_ALL = "full_attention"
-WINDOWS: Mapping[str, str] = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
-UNLIMITED = 1 << 30
 PROBE_TOLERANCE: Mapping[str, float] = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.3}
 """How far cached logits may lie from plain ones, relative to their spread: batching changes the rounding."""
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of a configured name; `auto` is a GPU where there is one. Raises `ConfigError`."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"rollout.device={name!r} is no device; use cpu, cuda, cuda:1 or auto") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"rollout.device={name!r}, but torch sees {torch.cuda.device_count()} GPUs")
-    return device
-
-
-def open_model(name: str, device: torch.device, dtype: str) -> PreTrainedModel:
-    """A model ready to decode, from a folder or a hub name. Raises `ConfigError`.
-
-    Only safetensors are read: other weight files can run code.
-    """
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype), attn_implementation=register(), use_safetensors=True
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model {name!r} can't be opened: {error}") from error
-    return model.to(device).eval().requires_grad_(requires_grad=False)
+def open_model(name: str, device: str, dtype: str) -> PreTrainedModel:
+    """A model ready to decode, from a folder or a hub name. Raises `ConfigError`."""
+    model = open_weights(name, device, getattr(torch, dtype), attention=register())
+    return model.requires_grad_(requires_grad=False)
 
 
 def context_limit(model: PreTrainedModel) -> int:
-    """Tokens of a sequence at most: the model's positions, or its attention window if that is shorter.
-
-    Within its window, sliding or chunked attention is full attention, which the cache implements.
-    Raises `ConfigError` for layers that are not attention.
-    """
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or [ATTENDS_TO_ALL])
-    if unknown := kinds - {ATTENDS_TO_ALL} - WINDOWS.keys():
-        raise ConfigError(f"the torch engine can't serve layers of kind {', '.join(sorted(unknown))}; use vllm")
-    limits = [getattr(config, "max_position_embeddings", None)]
-    has_layer_types = getattr(config, "layer_types", None) is not None
-    for kind, setting in WINDOWS.items():
-        if kind in kinds or not has_layer_types:
-            limits.append(getattr(config, setting, None))
-    return min(limit for limit in (*limits, UNLIMITED) if limit)
+    """Tokens of a sequence at most. Raises `ConfigError` for layers that are not attention."""
+    return context_of(model.config)
 
 
 def prefill(model: PreTrainedModel, token_ids: Tensor) -> DynamicCache:

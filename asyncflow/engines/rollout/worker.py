@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from asyncflow.core.errors import AsyncFlowError, ConfigError, WeightSyncError
 from asyncflow.engines.channel import Manifest, MemoryChannel
+from asyncflow.engines.devices import pick_device
 from asyncflow.engines.rollout.decoder import Decoder
 from asyncflow.engines.rollout.messages import (
     Abort,
@@ -38,7 +39,7 @@ from asyncflow.engines.rollout.messages import (
     WeightsLive,
     encode,
 )
-from asyncflow.engines.rollout.model import Weights, check_decoding, context_limit, open_model, pick_device
+from asyncflow.engines.rollout.model import Weights, check_decoding, context_limit, open_model
 from asyncflow.engines.rollout.scheduler import Limits
 
 RECEIVE_BYTES = 1 << 20
@@ -157,7 +158,7 @@ def build(start: Start, link: Link) -> tuple[Worker, Ready]:
     """Open the model and everything around it. Raises `ConfigError`."""
     torch.set_num_threads(start.threads)
     transformers_logging.disable_progress_bar()
-    device = pick_device(start.device)
+    device = pick_device(start.device, "rollout")
     model = open_model(start.model, device, start.dtype)
     check_decoding(model)
     channel = MemoryChannel.attach(start.channel_fd, Manifest.decode(start.manifest)) if start.manifest else None
@@ -166,12 +167,12 @@ def build(start: Start, link: Link) -> tuple[Worker, Ready]:
     )
     worker = Worker(link, Decoder(model, limits), Weights(model, channel))
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    return worker, Ready(device=str(device), vocabulary=vocabulary, context=context_limit(model))
+    return worker, Ready(device=device, vocabulary=vocabulary, context=context_limit(model))
 
 
-def cache_tokens(model: PreTrainedModel, device: torch.device) -> int:
+def cache_tokens(model: PreTrainedModel, device: str) -> int:
     """Tokens whose keys and values fit into the memory set aside for them."""
-    if device.type == "cuda":
+    if device.startswith("cuda"):
         budget_bytes = torch.cuda.mem_get_info(device)[0] * GPU_CACHE_SHARE
     else:
         budget_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * HOST_CACHE_SHARE

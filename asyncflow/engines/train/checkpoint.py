@@ -55,7 +55,7 @@ def write_checkpoint(
 def read_weights(folder: Path, model: PreTrainedModel) -> None:
     """Copy a checkpoint's weights into `model`, whose parameters stay the same objects."""
     with progress_bars_hidden():
-        saved = type(model).from_pretrained(folder, dtype=torch.float32)
+        saved = type(model).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     values = dict(saved.named_parameters())
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     if {name: value.shape for name, value in values.items()} != expected:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from asyncflow.core.errors import ConfigError
-from asyncflow.engines.models import progress_bars_hidden
+from asyncflow.engines.devices import pick_device
+from asyncflow.engines.models import open_weights
 from asyncflow.engines.train.forward import Forward, choose_forward
 
 
@@ -32,15 +33,8 @@ def load_model(source: str, device: str) -> LoadedModel:
     """Load a causal language model by folder or hub name; `device` may be `auto`. Raises `ConfigError`."""
     if source.startswith((".", "/")) and not Path(source).is_dir():
         raise ConfigError(f"{source} does not exist: expected the folder of a model")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        with progress_bars_hidden():
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device).eval()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"can't load {source} as a causal language model on {device}: {error}") from error
-    trained = cast(PreTrainedModel, model)
-    return LoadedModel(model=trained, forward=choose_forward(trained), tokenizer=_load_tokenizer(source))
+    model = open_weights(source, pick_device(device, "train"), torch.float32)
+    return LoadedModel(model=model, forward=choose_forward(model), tokenizer=_load_tokenizer(source))
 
 
 def _load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:

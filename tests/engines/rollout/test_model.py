@@ -24,7 +24,7 @@ from asyncflow.core.errors import ConfigError, WeightSyncError
 from asyncflow.core.types import PolicyVersion, WeightsRef
 from asyncflow.engines.channel import MemoryChannel, fingerprint
 from asyncflow.engines.rollout.attention import attend, attend_one, register
-from asyncflow.engines.rollout.model import Weights, check_decoding, context_limit, open_model, pick_device
+from asyncflow.engines.rollout.model import Weights, check_decoding, context_limit, open_model
 from tests.engines.rollout.tiny import CONTEXT, SIZES, VOCABULARY, WINDOW, build, parameters, save, shapes
 
 SMALL = {**SIZES, "max_position_embeddings": CONTEXT, "num_key_value_heads": 2, "head_dim": 8}
@@ -76,19 +76,11 @@ def test_a_model_that_decodes_something_else_is_refused(build_unfit: object) -> 
         check_decoding(build_unfit().eval())
 
 
-@pytest.mark.parametrize(("name", "message"), [("gpu", "no device"), ("cuda:99", "torch sees")])
-def test_a_device_that_is_not_there_is_refused(name: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        pick_device(name)
-
-
-def test_only_safetensors_are_read(tmp_path: Path) -> None:
-    folder = Path(save(build(), tmp_path))
-    assert isinstance(open_model(str(folder), torch.device("cpu"), "bfloat16"), LlamaForCausalLM)
-    weights = folder / "model.safetensors"
-    weights.rename(folder / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match="can't be opened"):
-        open_model(str(folder), torch.device("cpu"), "float32")
+def test_a_model_opens_in_the_dtype_asked_for(tmp_path: Path) -> None:
+    model = open_model(save(build(), tmp_path), "cpu", "bfloat16")
+    assert isinstance(model, LlamaForCausalLM)
+    assert model.dtype == torch.bfloat16
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("shared", [1, 3])
