@@ -1,10 +1,22 @@
-"""Text to tokens and back, by the model's own tokenizer and chat template."""
+"""Text to tokens and back, by the model's own tokenizer and chat template.
+
+Which tokens end the policy's turn, and which of them a demonstration should teach, the
+tokenizer alone does not know: chat models often end a turn with another token than a text.
+So three sources are asked, the surest first:
+
+1. the chat template: a special token right after the assistant's words is how a turn ends;
+2. `generation_config.json`, whose `eos_token_id` lists the tokens that end generation;
+3. the tokenizer's end token, where there is no such list.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, cast
 
 import numpy as np
+from jinja2 import TemplateError
+from transformers import GenerationConfig
 
 from asyncflow.core.errors import ConfigError
 from asyncflow.core.types import IntArray
@@ -18,7 +30,7 @@ class ChatTemplate(Protocol):
     """The part of a Hugging Face tokenizer that renders conversations."""
 
     chat_template: str | None
-    eos_token: str
+    all_special_ids: list[int]
 
     def apply_chat_template(
         self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
@@ -34,11 +46,15 @@ class TokenizerRenderer:
         self._tokenizer: TextTokenizer = load_tokenizer(model)
         self._template = cast(ChatTemplate, self._tokenizer)
         self.is_chat = self._template.chat_template is not None
+        stops = self._listed_stops(model)
+        end = self._turn_end(stops)
+        self._stops = tuple(dict.fromkeys([end, *stops]))
+        self._end_text = self._tokenizer.decode([end])
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """The end token."""
-        return (self._tokenizer.eos_token_id,)
+        """The tokens that end the policy's turn, the usual one first."""
+        return self._stops
 
     def prompt_ids(self, text: str) -> IntArray:
         """The first message, up to where the policy writes."""
@@ -50,20 +66,49 @@ class TokenizerRenderer:
         """A later message. Raises `ConfigError` where the template can't say how one follows an answer."""
         if not self.is_chat:
             return self._encode(text, special=False)
-        begun, said = {"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}
-        # The first mark is ours: the text, which may hold others, comes after it.
-        _, found, rest = self._render([begun, said, {"role": "user", "content": text}]).partition(MARK)
-        if not found:
+        rest = self._after_answer(text)
+        if rest is None:
             raise ConfigError("this chat template does not show the assistant's words: multi-turn needs another one")
-        return self._encode(rest.removeprefix(self._template.eos_token), special=False)
+        ended = rest.lstrip()  # some templates put a space before the end
+        rest = ended.removeprefix(self._end_text) if ended.startswith(self._end_text) else rest
+        return self._encode(rest, special=False)
 
     def completion_ids(self, text: str) -> IntArray:
-        """The policy's words and the end token."""
-        return np.append(self._encode(text, special=False), np.int32(self._tokenizer.eos_token_id))
+        """The policy's words and the token that ends its turn."""
+        return np.append(self._encode(text, special=False), np.int32(self._stops[0]))
 
     def text(self, token_ids: IntArray) -> str:
         """What the policy said, special tokens left out."""
         return self._tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)
+
+    def _listed_stops(self, model: str) -> list[int]:
+        """The end tokens of the generation settings, the tokenizer's first if it is one of them; else only that."""
+        end = self._tokenizer.eos_token_id
+        try:
+            listed = GenerationConfig.from_pretrained(model).eos_token_id
+        except OSError:  # there are none, which is usual for models that are not for chats
+            listed = None
+        if listed is None:
+            return [end]
+        stops = [listed] if isinstance(listed, int) else list(listed)
+        return [stop for stop in stops if stop == end] + [stop for stop in stops if stop != end] or [end]
+
+    def _turn_end(self, stops: Sequence[int]) -> int:
+        """The token that ends a turn: the one in the chat template, else the first of `stops`."""
+        try:
+            rest = self._after_answer("?") if self.is_chat else None
+        except TemplateError:  # it can't show a second turn: `next_ids` says so to whoever needs one
+            rest = None
+        following = self._encode((rest or "").lstrip(), special=False)[:1].tolist()
+        special = [*stops, *self._template.all_special_ids]
+        return following[0] if following and following[0] in special else stops[0]
+
+    def _after_answer(self, text: str) -> str | None:
+        """What the template puts after the assistant's words when the user says `text` next; None if it hides them."""
+        begun, said = {"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}
+        # The first mark is ours: the text, which may hold others, comes after it.
+        _, found, rest = self._render([begun, said, {"role": "user", "content": text}]).partition(MARK)
+        return rest if found else None
 
     def _render(self, conversation: list[dict[str, str]]) -> str:
         return self._template.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)

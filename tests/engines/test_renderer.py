@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("torch", reason="needs the extra: pip install 'asyncflow[torch]'")
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from asyncflow.core.errors import ConfigError
 from asyncflow.engines.models import END, build_character_model, build_text_model
@@ -127,3 +127,69 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
 
 def test_the_end_is_the_token_that_models_built_here_end_with(plain: TokenizerRenderer) -> None:
     assert plain.prompt_ids(END).tolist() == [*plain.stop_token_ids]
+
+
+def turns_with(end: str) -> str:
+    """A template whose turns end in this text, whoever speaks."""
+    return (
+        "{% for message in messages %}{{ '[' + message.role[0] + ']' + message.content + '"
+        + end
+        + "\n' }}{% endfor %}{% if add_generation_prompt %}{{ '[a]' }}{% endif %}"
+    )
+
+
+def build_chat(folder: Path, *, template: str | None, listed: int | list[int] | None) -> tuple[str, int, int]:
+    """A model with two end tokens: its folder, the tokenizer's end of a text, and the end of a turn."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(build_words(folder))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    (folder / "generation_config.json").unlink()
+    if listed is not None:
+        GenerationConfig(eos_token_id=listed).save_pretrained(folder)
+    return str(folder), tokenizer.eos_token_id, len(tokenizer) - 1
+
+
+EOS, TURN, OTHER = -1, -2, 5
+"""Places in the tests' lists; the first two stand for the ids that `build_chat` gives."""
+
+
+@pytest.mark.parametrize(
+    ("template", "listed", "expected"),
+    [
+        (None, None, [EOS]),
+        (None, EOS, [EOS]),
+        (None, [OTHER, EOS], [EOS, OTHER]),
+        (None, [OTHER, TURN], [OTHER, TURN]),
+        (None, [], [EOS]),
+        (turns_with("<turn>"), [EOS, TURN], [TURN, EOS]),
+        (turns_with("<turn>"), TURN, [TURN]),
+        (turns_with(" <turn>"), [EOS, OTHER, TURN], [TURN, EOS, OTHER]),
+        (turns_with("<turn>"), None, [TURN, EOS]),
+        (turns_with("<eos>"), None, [EOS]),
+        (turns_with(""), [TURN, EOS], [EOS, TURN]),
+        ("{{ messages[-1].content }}", [TURN], [TURN]),
+        ("{% if messages[2] %}{{ messages[2].content.no.such }}{% endif %}", [TURN], [TURN]),
+    ],
+)
+def test_a_turn_ends_as_the_model_was_taught(
+    tmp_path: Path, template: str | None, listed: int | list[int] | None, expected: list[int]
+) -> None:
+    _, eos, turn = build_chat(tmp_path / "ids", template=None, listed=None)
+    known = {EOS: eos, TURN: turn}
+    ids = [known.get(one, one) for one in listed] if isinstance(listed, list) else known.get(listed or 0)
+    folder, _, _ = build_chat(tmp_path / "model", template=template, listed=ids)
+    renderer = TokenizerRenderer(folder)
+    assert renderer.stop_token_ids == tuple(known.get(one, one) for one in expected)
+    said = renderer.completion_ids("two")
+    assert said[-1] == renderer.stop_token_ids[0]
+    assert renderer.text(said[:-1]) == "two"
+
+
+@pytest.mark.parametrize("end", ["<turn>", " <turn>"])
+def test_what_follows_an_answer_does_not_end_its_turn_again(tmp_path: Path, end: str) -> None:
+    folder, _, turn = build_chat(tmp_path, template=turns_with(end), listed=None)
+    renderer, tokenizer = TokenizerRenderer(folder), AutoTokenizer.from_pretrained(folder)
+    ids = np.concatenate([renderer.prompt_ids("one"), renderer.completion_ids("two"), renderer.next_ids("and")])
+    assert tokenizer.decode(ids) == f"[u]one{end}\n[a]two<turn>\n[u]and{end}\n[a]"
+    assert ids.tolist().count(turn) == 3
