@@ -13,6 +13,19 @@ _ESCAPE = re.compile("\x1b\\[[0-?]*[ -/]*[@-~]")
 _ASCII = str.maketrans({"→": "->", "·": "-", "━": "=", "╸": ">", "─": "-", "≤": "<=", "…": "...", "×": "x"})
 
 
+def harmless(text: str) -> str:
+    r"""Text that anybody may have written, as lines that can't steer a terminal.
+
+    Control and format characters (terminal escapes, text direction) are removed, but for line
+    ends.
+
+    >>> harmless("one\ntwo \x1b[31mred\x9b2J")
+    'one\ntwo red2J'
+    """
+    plain = _ESCAPE.sub("", text).replace("\t", " ")
+    return "".join(letter for letter in plain if letter == "\n" or unicodedata.category(letter)[0] != "C")
+
+
 def one_line(text: str, width: int) -> str:
     r"""Text that anybody may have written, on one line of at most `width` characters.
 
@@ -22,8 +35,7 @@ def one_line(text: str, width: int) -> str:
     >>> one_line("one\ntwo \x1b[31mred", 40)
     'one\\ntwo red'
     """
-    shown = _ESCAPE.sub("", text).replace("\r\n", "\n").replace("\n", "\\n").replace("\t", " ")
-    shown = "".join(letter for letter in shown if unicodedata.category(letter)[0] != "C")
+    shown = harmless(text).replace("\n", "\\n")
     if len(shown) <= width:
         return shown
     tail = max(1, width // 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -14,10 +15,11 @@ from asyncflow.core.metrics import NullObserver, Observer
 from asyncflow.core.types import Group
 from asyncflow.observe.plain_text import to_ascii
 from asyncflow.observe.progress_state import ProgressState, RunPlan
-from asyncflow.observe.progress_view import frame, header, step_line, warning
+from asyncflow.observe.progress_view import frame, header, step_line, waiting_line, warning
 
 FRAMES_PER_S = 2.0
 LINE_EVERY_S = 5.0
+WAITING_EVERY_S = 30.0
 
 
 class Progress(Observer, Protocol):
@@ -49,6 +51,7 @@ class LiveProgress:
         self.state = ProgressState()
         self._console = console
         self._live: Live | None = None
+        self._step_s = console.get_time()
 
     def open(self, plan: RunPlan) -> None:
         """Show the plan and begin to redraw."""
@@ -59,6 +62,8 @@ class LiveProgress:
     def record(self, kind: str, values: Mapping[str, float | int | str]) -> None:
         """Take in a record; the next frame shows it."""
         _contained(lambda: self.state.record(kind, values))
+        if kind in {"step", "warmup"}:
+            self._step_s = self._console.get_time()
         if kind == "health":
             _contained(lambda: _write(self._console, [warning(str(values.get("message", "")))]))
 
@@ -72,10 +77,12 @@ class LiveProgress:
     def close(self) -> None:
         """Draw the last frame and stop."""
         live, self._live = self._live, None
+        self._step_s = math.inf  # nobody waits any more
         if live is not None:
             _contained(live.stop)
 
     def _start(self) -> None:
+        self._step_s = self._console.get_time()
         self._live = Live(get_renderable=self._frame, console=self._console, refresh_per_second=FRAMES_PER_S)
         self._live.start()
 
@@ -83,17 +90,22 @@ class LiveProgress:
         # Drawn by a thread while the event loop takes in records: a frame may mix two steps,
         # and one that trips over a growing history is left out.
         drawn: list[Text] = []
-        _contained(lambda: drawn.append(_drawable(self._console, frame(self.state, self._console.width))))
+        waited_s = self._console.get_time() - self._step_s
+        _contained(lambda: drawn.append(_drawable(self._console, frame(self.state, self._console.width, waited_s))))
         return drawn[0] if drawn else Text()
 
 
 class PlainProgress:
-    """One line for the first step, the last, and one every few seconds between them."""
+    """One line for the first step, the last, and one every few seconds between them.
+
+    While groups come but no step does, a line every half minute says so.
+    """
 
     def __init__(self, console: Console) -> None:
         self.state = ProgressState()
         self._console = console
         self._shown: tuple[str, float] = ("", 0.0)
+        self._line_s = console.get_time()
 
     def open(self, plan: RunPlan) -> None:
         """Show the plan."""
@@ -108,19 +120,25 @@ class PlainProgress:
         """Spans are not shown."""
 
     def group(self, group: Group) -> None:
-        """Take in a group."""
+        """Take in a group, and say so when nothing else was said for long."""
         _contained(lambda: self.state.group(group))
+        if self._console.get_time() - self._line_s >= WAITING_EVERY_S:
+            _contained(lambda: self._line(Text(waiting_line(self.state))))
 
     def close(self) -> None:
         """Nothing is left to do."""
 
+    def _line(self, text: Text) -> None:
+        self._line_s = self._console.get_time()
+        _write(self._console, [text])
+
     def _record(self, kind: str, values: Mapping[str, float | int | str]) -> None:
         self.state.record(kind, values)
         if kind == "health":
-            _write(self._console, [warning(str(values.get("message", "")))])
+            self._line(warning(str(values.get("message", ""))))
         elif kind in {"step", "warmup"} and self._is_due():
             self._shown = (kind, self.state.latest.get("elapsed_s", 0.0))
-            _write(self._console, [Text(step_line(self.state))])
+            self._line(Text(step_line(self.state)))
 
     def _is_due(self) -> bool:
         phase, shown_s = self._shown

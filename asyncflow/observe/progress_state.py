@@ -18,7 +18,8 @@ class RunPlan:
     """What is known before a run starts.
 
     `title` are facts for the first line, such as `cpu`; `plan` are those of the second, such
-    as `rollout x1`. `bound` is the staleness bound in versions.
+    as `rollout 1 thread`. `bound` is the staleness bound in versions. `drops_equal` says that
+    groups with equal rewards will be dropped.
     """
 
     name: str
@@ -26,6 +27,7 @@ class RunPlan:
     plan: Sequence[str] = ()
     steps: int = 0
     bound: int | None = None
+    drops_equal: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +51,8 @@ class ProgressState:
         self.held_out: deque[float] = deque(maxlen=HISTORY)
         self.glimpses: deque[Glimpse] = deque(maxlen=2)
         self.num_rolled_out = 0
+        self.new_groups = 0
+        self.new_equal = 0
         self._pace: deque[tuple[float, float]] = deque(maxlen=PACE_STEPS + 1)
 
     @property
@@ -92,12 +96,15 @@ class ProgressState:
         if kind == "step":
             # Counted with the rest of the record: a live count would run ahead of what was admitted.
             self.latest["rolled_out"] = float(self.num_rolled_out)
+            self.new_groups = self.new_equal = 0
             self._note(self.rewards, numbers.get("reward"))
             self._note(self.lengths, numbers.get("length"))
 
     def group(self, group: Group) -> None:
-        """Take in a group: count it, and keep one of its rollouts to show."""
+        """Take in a group: count it, also since the last step, and keep one of its rollouts to show."""
         self.num_rolled_out += 1
+        self.new_groups += 1
+        self.new_equal += len({one.reward for one in group.trajectories}) <= 1
         if group.trajectories:
             # Neighbouring tickets show different siblings, so right and wrong ones both come up.
             shown = group.trajectories[group.ticket % len(group.trajectories)]

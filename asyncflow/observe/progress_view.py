@@ -17,6 +17,8 @@ from asyncflow.observe.progress_state import Glimpse, ProgressState, RunPlan
 BAR_WIDTH = 24
 SPARK_WIDTH = 12
 GAP = "   "
+WAIT_SHOWN_S = 5.0
+"""A wait for the next step is shown from then on."""
 
 
 def header(plan: RunPlan) -> list[Text]:
@@ -24,12 +26,13 @@ def header(plan: RunPlan) -> list[Text]:
     title = Text.assemble(("asyncflow", "bold cyan"), (f" {asyncflow.__version__}", "cyan"))
     for fact in [f"run {plan.name}", *plan.title]:
         title.append(" · ", "dim").append(fact, "bold" if fact.startswith("run ") else "")
-    return [title, *_labelled("plan", [Text(GAP.join(plan.plan))] if plan.plan else [])]
+    return [title, *_labelled("plan", [Text(" · ".join(plan.plan))] if plan.plan else [])]
 
 
-def frame(state: ProgressState, width: int) -> Text:
-    """The live lines, at most `width` characters wide."""
-    lines = [_fit(line(state), width) for line in (_step, _learn, _flow, _busy)]
+def frame(state: ProgressState, width: int, waited_s: float = 0.0) -> Text:
+    """The live lines, at most `width` characters wide, `waited_s` after the last record."""
+    lines = [_fit([*_step(state), *_waited(state, waited_s)], width)]
+    lines += [_fit(line(state), width) for line in (_learn, _flow, _busy)]
     return Text("\n").join(line for line in [*lines, _last(state, width)] if line.plain)
 
 
@@ -37,6 +40,11 @@ def step_line(state: ProgressState) -> str:
     """The state on one plain line, for logs."""
     parts = [Text(f"{_phase(state)} {_count(state)}"), *_measures(state, spark=0), *_staleness(state)]
     return "  ".join(part.plain for part in [*parts, *_tokens(state), *_left(state)])
+
+
+def waiting_line(state: ProgressState) -> str:
+    """What has come since the last step, on one plain line, for logs in which no step comes."""
+    return "  ".join([f"waiting after {_phase(state)} {_count(state)}", *(part.plain for part in _new(state))])
 
 
 def warning(message: str) -> Text:
@@ -68,7 +76,7 @@ def _measures(state: ProgressState, *, spark: int) -> Iterator[Text]:
 def _flow(state: ProgressState) -> list[Text]:
     numbers = state.latest
     if state.phase != "step" or "admitted" not in numbers:
-        return []
+        return _labelled("flow", list(_new(state)))
     trained = int(numbers.get("trained", 0))
     chain = [f"admitted {numbers['admitted']:.0f}"]
     if numbers.get("rolled_out", -1) >= trained:  # a resumed run has not seen those before
@@ -76,7 +84,19 @@ def _flow(state: ProgressState) -> list[Text]:
     reasons = ", ".join(f"{reason} {count}" for reason, count in state.dropped.items())
     dropped = [Text(f"dropped {numbers.get('dropped', 0):.0f}"), *([Text(f"({reasons})")] if reasons else [])]
     queue = _number(state, "queued_groups", "queue", "{:.0f}")
-    return _labelled("flow", [Text(" → ".join([*chain, f"trained {trained}"])), *dropped, *queue])
+    return _labelled("flow", [Text(" → ".join([*chain, f"trained {trained}"])), *dropped, *queue, *_new(state)])
+
+
+def _new(state: ProgressState) -> Iterator[Text]:
+    """Groups since the last record: what moves while a step is long in coming."""
+    if state.new_groups:
+        equal = f" ({state.new_equal} without signal)" if state.plan.drops_equal and state.new_equal else ""
+        yield Text(f"+{state.new_groups} rolled out{equal}")
+
+
+def _waited(state: ProgressState, waited_s: float) -> Iterator[Text]:
+    if waited_s >= WAIT_SHOWN_S:
+        yield Text(f"{short_time(waited_s)} since {'the last step' if state.phase else 'the start'}", "dim")
 
 
 def _busy(state: ProgressState) -> list[Text]:

@@ -1,12 +1,13 @@
 """What a run wrote about itself, read back from its folder, live or afterwards.
 
-A resumed run repeats the steps since its checkpoint, so a step may come twice: the later
-line is the one that counts.
+A resumed run goes back to its checkpoint and repeats the steps since then, so a step may
+come twice, or be followed by a lower one: what the run went back from does not count.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 import msgspec
@@ -56,13 +57,36 @@ class Rollout:
 
 
 def read_metrics(folder: Path, disk: Disk | None = None) -> list[Metric]:
-    """All records of a run in their order."""
-    metrics = []
+    """The records of a run in their order, without steps and evaluations that it went back from."""
+    metrics: list[Metric] = []
     for line in read_json_lines(folder / METRICS_FILE, disk or RealDisk()):
         numbers = {name: value for name, value in line.items() if isinstance(value, float | int | str)}
         kind, at = str(numbers.pop("kind", "")), str(numbers.pop("at", ""))
         metrics.append(Metric(kind=kind, at=at, values=numbers))
-    return metrics
+    return _still_true(metrics)
+
+
+def _still_true(metrics: list[Metric]) -> list[Metric]:
+    """Read from the end, a phase's steps must fall; an evaluation of step s stands before step s + 1."""
+    kept: list[Metric] = []
+    warmup = step = evaluation = inf
+    for metric in reversed(metrics):
+        number = float(metric.values.get("step", -1))
+        match metric.kind:
+            case "warmup":
+                is_true = number < warmup
+                warmup = min(warmup, number)
+            case "step":
+                is_true = number < step and number <= evaluation and warmup == inf
+                step = min(step, number)
+            case "evaluation":
+                is_true = number < evaluation and number < step and warmup == inf
+                evaluation = min(evaluation, number)
+            case _:
+                is_true = True
+        if is_true:
+            kept.append(metric)
+    return kept[::-1]
 
 
 def read_spans(folder: Path, disk: Disk | None = None) -> list[Span]:

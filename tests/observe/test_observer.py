@@ -95,6 +95,28 @@ def test_nothing_raises_and_the_first_loss_is_shown() -> None:
     assert sum(line.startswith("step") for line in shown) == 3
 
 
+def test_what_a_run_went_back_from_is_not_read(tmp_path: Path) -> None:
+    lives = [
+        [("warmup", 1), ("warmup", 2)],  # interrupted, and begun again
+        [("warmup", 1), ("warmup", 2), ("warmup", 3), ("evaluation", 0), ("step", 1), ("step", 2)],
+        [("evaluation", 2), ("health", 2), ("health", 2), ("step", 3), ("step", 4), ("evaluation", 4)],
+        [("evaluation", 2), ("step", 3), ("evaluation", 3)],  # from the checkpoint of step 2 again, steps=3
+        [("evaluation", 3)],
+    ]
+    disk = MemoryDisk()
+    observer = RunObserver(tmp_path, World(disk=disk, is_real=False), SilentProgress())
+    for life, lines in enumerate(lives):
+        for kind, number in lines:
+            observer.record(kind, {"step": number, "life": life})
+    read = [(metric.kind, metric.values["step"], metric.values["life"]) for metric in read_metrics(tmp_path, disk)]
+    assert read == [
+        *[("warmup", number, 1) for number in (1, 2, 3)],
+        *[("evaluation", 0, 1), ("step", 1, 1), ("step", 2, 1)],
+        *[("health", 2, 2)] * 2,
+        *[("evaluation", 2, 3), ("step", 3, 3), ("evaluation", 3, 4)],
+    ]
+
+
 def test_a_torn_line_is_passed_over_and_never_joined(tmp_path: Path) -> None:
     RunObserver(tmp_path, World(), SilentProgress()).record("step", {"step": 1})
     with (tmp_path / METRICS_FILE).open("ab") as file:

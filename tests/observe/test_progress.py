@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from asyncflow.core.types import FinishReason, Group, Prompt, Ticket, Trajectory
-from asyncflow.observe.plain_text import one_line, sparkline, to_ascii
+from asyncflow.observe.plain_text import harmless, one_line, sparkline, to_ascii
 from asyncflow.observe.progress import LiveProgress, PlainProgress, Progress, SilentProgress, progress_on
 from asyncflow.observe.progress_state import ProgressState, RunPlan
 from asyncflow.observe.progress_view import frame
@@ -94,7 +94,7 @@ def test_a_wide_frame_shows_everything() -> None:
     assert lines[1].startswith(" learn reward 0.50 ▁▂")
     assert "held-out 73.8%" in lines[1]
     assert "length 8.0" in lines[1]
-    assert lines[2] == " flow  admitted 3200 → trained 2560   dropped 2   (no signal 2)   queue 12"
+    assert lines[2] == " flow  admitted 3200 → trained 2560   dropped 2   (no signal 2)   queue 12   +2 rolled out"
     assert lines[3] == " busy  train 88 % · rollout 91 % · both 79 %   staleness 0.83 (max 1 ≤ 1)"
     assert lines[4] == ' last  "417+385=" → "[red]no[/red]\\n802" right   "417+385=" → "803" wrong'
 
@@ -132,6 +132,53 @@ def test_rolled_out_groups_are_counted_with_the_record_and_not_after_a_resume() 
     assert "admitted 80 → trained 64" in frame(state, 120).plain
 
 
+def test_a_long_wait_for_a_step_shows_what_comes_meanwhile() -> None:
+    state = ProgressState()
+    state.plan = RunPlan(name="one", drops_equal=True)
+    assert frame(state, 80, 83.0).plain == " start nothing is trained yet   1:23 since the start"
+    state.group(group("802", 1.0))
+    assert frame(state, 80).plain.splitlines()[1] == " flow  +1 rolled out (1 without signal)"
+    state.record("step", step(1))
+    assert "+1" not in frame(state, 120).plain
+    for ticket in range(3):
+        state.group(group("802", 1.0, ticket))
+    shown = frame(state, 120, 12.0).plain
+    assert "0:12 since the last step" in shown
+    assert "+3 rolled out (3 without signal)" in shown
+    state.plan = RunPlan(name="one")
+    assert "+3 rolled out" in frame(state, 120).plain
+    assert "without signal" not in frame(state, 120, 4.0).plain
+    assert "since the last step" not in frame(state, 120, 4.0).plain
+
+
+def test_a_log_in_which_no_step_comes_says_what_comes_every_half_minute() -> None:
+    now = [0.0]
+    file = io.StringIO()
+    progress = PlainProgress(Console(file=file, width=120, get_time=lambda: now[0]))
+    progress.open(PLAN)
+    progress.record("step", step(1))
+    for second in range(61):
+        now[0] = float(second)
+        progress.group(group("802", 1.0, second))
+    waiting = [line for line in file.getvalue().splitlines() if line.startswith("waiting")]
+    assert waiting == ["waiting after step   1/160  +31 rolled out", "waiting after step   1/160  +61 rolled out"]
+
+
+def test_a_live_display_counts_the_time_since_the_last_step() -> None:
+    now = [0.0]
+    file = io.StringIO()
+    progress = LiveProgress(Console(file=file, width=120, force_terminal=True, get_time=lambda: now[0]))
+    progress.open(PLAN)
+    now[0] = 61.0
+    progress.record("health", {"message": "compiling"})
+    assert "1:01 since the start" in progress._frame().plain
+    progress.record("step", step(1))
+    assert "since" not in progress._frame().plain
+    now[0] = 999.0
+    progress.close()
+    assert "since" not in progress._frame().plain
+
+
 def test_the_warm_up_has_a_bar_of_its_own() -> None:
     state = ProgressState()
     state.record("warmup", {"step": 30, "steps": 100, "loss": 1.25})
@@ -167,7 +214,7 @@ def test_a_log_gets_plain_lines_every_few_seconds() -> None:
     progress.record("health", {"message": "look here"})
     lines = text_of(file).splitlines()
     assert "\x1b" not in text_of(file)
-    assert lines[1] == " plan  rollout x1   staleness ≤ 1"
+    assert lines[1] == " plan  rollout x1 · staleness ≤ 1"
     assert lines[2] == "warm-up   0/100  loss 1.500"
     steps = [line for line in lines if line.startswith("step")]
     assert steps[0].startswith("step   1/160  reward 0.01")
@@ -196,6 +243,10 @@ def test_text_of_models_cannot_steer_the_terminal(hostile: str) -> None:
     shown = one_line(hostile, 30)
     assert len(shown) <= 30
     assert shown.isprintable()
+
+
+def test_harmless_text_keeps_its_lines_only() -> None:
+    assert harmless("\x1b]0;title\x07a\r\nb\t\u202ec\x9b2J\x1b[1m") == "]0;titlea\nb c2J"
 
 
 def test_a_long_text_keeps_its_end() -> None:
