@@ -19,6 +19,7 @@ from asyncflow.core.config import RunConfig
 from asyncflow.core.errors import ConfigError, RunFolderError
 from asyncflow.core.setting_list import list_settings
 from asyncflow.core.world import World
+from asyncflow.observe.plain_text import harmless
 from asyncflow.observe.progress import Progress, progress_on
 from asyncflow.observe.run_folder import check_free, find_run, read_config
 from asyncflow.recipes.recipe import Recipe, list_recipes, load_recipe
@@ -26,11 +27,25 @@ from asyncflow.recipes.recipe import Recipe, list_recipes, load_recipe
 if TYPE_CHECKING:
     from asyncflow.recipes.runner import RunSummary
 
+HELP = """Post-train language models with reinforcement learning, rollouts and training at the same time.
+
+\b
+Settings are written NAME=VALUE behind the recipe, without dashes.
+They are listed by: asyncflow settings RECIPE
+
+A RUN is a run folder, or a part of its name that no other run has.
+
+\b
+asyncflow run quickstart steps=20 train.learning_rate=3e-4
+asyncflow resume blue-fox steps=200
+asyncflow eval blue-fox --pass-at 4
+"""
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
-    help="Post-train language models with reinforcement learning, rollouts and training at the same time.",
+    help=HELP,
     epilog="Begin with: asyncflow run quickstart",
 )
 
@@ -131,7 +146,7 @@ def export(
     from asyncflow.recipes import runner
 
     runner.export(source, folder)
-    print(f"{folder} holds the model of {source.name}")
+    print(harmless(f"{folder} holds the model of {source.name}"))
 
 
 @app.command(epilog="Example: asyncflow recipes --json")

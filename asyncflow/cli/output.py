@@ -15,7 +15,7 @@ from rich.text import Text
 from asyncflow.core.errors import AsyncFlowError, ConfigError
 from asyncflow.core.setting_list import Setting
 from asyncflow.core.settings import toml_value
-from asyncflow.observe.plain_text import short_time
+from asyncflow.observe.plain_text import harmless, short_time
 from asyncflow.observe.progress_state import ProgressState
 from asyncflow.observe.run_folder import list_runs
 from asyncflow.workflow.checkpoint_folder import checkpoint_step, list_checkpoints
@@ -31,9 +31,10 @@ def show_error(error: AsyncFlowError) -> None:
     if isinstance(error, ConfigError) and len(error.problems) > 1:
         text.append(f"{len(error.problems)} problems")
         for problem in error.problems:
-            text.append(f"\n  {problem}")
+            text.append(f"\n  {harmless(problem)}")
     else:
-        text.append(re.sub(" {3,}", ": ", str(error)) if isinstance(error, ConfigError) else str(error))
+        message = harmless(str(error))
+        text.append(re.sub(" {3,}", ": ", message) if isinstance(error, ConfigError) else message)
     console.print(text, soft_wrap=True, highlight=False)
 
 
@@ -51,7 +52,7 @@ def show_rows(rows: Sequence[tuple[str, str]], *, title: str = "") -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(Text(f"  {name}", "cyan"), Text(value))
+        table.add_row(Text(f"  {harmless(name)}", "cyan"), Text(harmless(value)))
     console.print(table, highlight=False)
 
 
@@ -71,8 +72,8 @@ def show_settings(settings: Sequence[Setting]) -> None:
 
 
 def show_numbers(numbers: Mapping[str, float]) -> None:
-    """What an evaluation found."""
-    show_rows([(name.replace("_", " "), _number(name, value)) for name, value in numbers.items()])
+    """What an evaluation found, in the words of `workflow.evaluation.Evaluation`."""
+    show_rows([(_measure(name, numbers), _number(name, numbers)) for name in numbers if _is_worth_a_row(name, numbers)])
 
 
 def show_summary(
@@ -99,7 +100,7 @@ def show_summary(
 
 def show_interrupted(state: ProgressState, root: Path) -> None:
     """Where a run stands that was interrupted, and how to continue it."""
-    text = Text.assemble(("interrupted ", "bold yellow"), _standing(root / state.plan.name, state))
+    text = Text.assemble(("interrupted ", "bold yellow"), harmless(_standing(root / state.plan.name, state)))
     Console(stderr=True).print(text, soft_wrap=True, highlight=False)
 
 
@@ -129,7 +130,33 @@ def _word(setting: Setting) -> str:
     return value if isinstance(value, str) else toml_value(value)
 
 
-def _number(name: str, value: float) -> str:
-    if "accuracy" in name or "pass" in name:
+def _measure(name: str, numbers: Mapping[str, float]) -> str:
+    """What people call a measure."""
+    samples = f"{numbers.get('samples', 1):.0f}"
+    names = {
+        "num_prompts": "held-out prompts",
+        "samples": "answers to each",
+        "pass_at_k": f"pass@{samples}",
+        "reward": "mean reward",
+        "length": "mean length",
+        "num_failed": "failed rollouts",
+    }
+    return names.get(name, name.replace("_", " "))
+
+
+def _is_worth_a_row(name: str, numbers: Mapping[str, float]) -> bool:
+    """The standard error stands with the accuracy; one answer's pass@1 is the accuracy; no failures is the rule."""
+    if name in {"samples", "pass_at_k"}:
+        return numbers.get("samples", 1) > 1
+    return name != "stderr" and (name != "num_failed" or numbers[name] > 0)
+
+
+def _number(name: str, numbers: Mapping[str, float]) -> str:
+    value = numbers[name]
+    if name == "accuracy":
+        return f"{value:.1%}" + (f" ± {numbers['stderr']:.1%}" if "stderr" in numbers else "")
+    if name == "pass_at_k":
         return f"{value:.1%}"
-    return f"{value:.0f}" if value == int(value) else f"{value:.4g}"
+    if name == "length":
+        return f"{value:.1f} tokens"
+    return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"

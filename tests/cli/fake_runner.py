@@ -41,7 +41,17 @@ class FakeRunner:
 
     def evaluate(self, folder: Path, *, num_prompts: int, temperature: float, samples: int) -> dict[str, float]:
         self.calls.append(("evaluate", (num_prompts, temperature, samples)))
-        return {"accuracy": 0.7383, "num_prompts": 1024.0, "length": 6.123}
+        return {
+            "step": 80.0,
+            "num_prompts": 1024,
+            "samples": 4,
+            "accuracy": 0.7383,
+            "pass_at_k": 0.881,
+            "stderr": 0.0137,
+            "reward": 0.75,
+            "length": 6.123,
+            "num_failed": 0,
+        }
 
     def dry_run(self, recipe: Recipe, config: RunConfig) -> list[tuple[str, str]]:
         self.calls.append(("dry_run", config))

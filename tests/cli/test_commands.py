@@ -14,8 +14,9 @@ import pytest
 import asyncflow
 from asyncflow import recipes
 from asyncflow.cli.main import main
+from asyncflow.cli.output import show_error, show_numbers
 from asyncflow.core.config import RunConfig
-from asyncflow.core.errors import EngineLostError, LedgerError
+from asyncflow.core.errors import AsyncFlowError, ConfigError, EngineLostError, LedgerError
 from asyncflow.core.world import RealDisk
 from asyncflow.observe.run_folder import read_config
 from asyncflow.observe.run_state import read_state
@@ -142,12 +143,37 @@ def test_eval_takes_what_is_not_said_from_the_run(runner: FakeRunner, capsys: Ou
     main(["run", "quickstart", "--name", "one", "evaluate.final_num_prompts=50", "evaluate.temperature=0.5"])
     capsys.readouterr()
     assert main(["eval", "one"]) == 0
-    assert re.search(r"accuracy +73\.8%\s+num prompts +1024\s+length +6\.123", capsys.readouterr().out)
+    rows = [re.split(" {2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    assert rows == [
+        ["step", "80"],
+        ["held-out prompts", "1,024"],
+        ["answers to each", "4"],
+        ["accuracy", "73.8% ± 1.4%"],
+        ["pass@4", "88.1%"],
+        ["mean reward", "0.75"],
+        ["mean length", "6.1 tokens"],
+    ]
     assert main(["eval", "one", "--num-prompts", "5", "--temperature", "0.1", "--pass-at", "4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["accuracy"] == 0.7383
     assert main(["eval", "one", "--greedy"]) == 0
     assert [asked for name, asked in runner.calls if name == "evaluate"] == [(50, 0.5, 1), (5, 0.1, 4), (50, 0.0, 1)]
     assert main(["eval", "one", "--greedy", "--pass-at", "4"]) == 2
+
+
+def test_an_evaluation_of_one_answer_each_has_no_pass_at_and_shows_failures(capsys: Out) -> None:
+    show_numbers({"samples": 1, "accuracy": 0.5, "pass_at_k": 0.5, "stderr": 0.1, "num_failed": 3})
+    assert re.fullmatch(r"\s*accuracy +50\.0% ± 10\.0%\s+failed rollouts +3\s*", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("error", [EngineLostError, ConfigError])
+def test_what_models_and_data_wrote_cannot_steer_the_terminal_in_an_error(
+    runner: FakeRunner, capsys: Out, error: type[AsyncFlowError]
+) -> None:
+    runner.error = error("last words:\n\x1b[2J\x1b]0;title\x07wiped\x9b31m")
+    assert main(["run", "quickstart"]) in {1, 2}
+    assert capsys.readouterr().err == "error: last words:\n]0;titlewiped31m\n"
+    show_error(ConfigError("one \x1b[31m", "two \u202e"))
+    assert capsys.readouterr().err == "error: 2 problems\n  one \n  two \n"
 
 
 def test_export_writes_into_a_new_folder_only(runner: FakeRunner, tmp_path: Path, capsys: Out) -> None:
@@ -189,6 +215,10 @@ def test_help_is_there_without_torch() -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "Begin with: asyncflow run quickstart" in done.stdout
+    for example in ("run quickstart steps=20 train.learning_rate=3e-4", "resume blue-fox", "eval blue-fox --pass-at 4"):
+        assert re.search(rf"^ +asyncflow {example}.*$", done.stdout, re.MULTILINE), done.stdout
+    assert "Settings are written NAME=VALUE" in done.stdout
+    assert "A RUN is a run folder" in done.stdout
 
 
 @pytest.mark.parametrize("command", ["run", "resume", "eval", "export", "recipes", "settings"])
