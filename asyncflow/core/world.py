@@ -23,7 +23,13 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
+from asyncflow.core.threads import DaemonThreads
+
 ResultT = TypeVar("ResultT")
+
+
+FOREIGN_THREADS = 16
+"""Calls of `run_foreign` at once; one that never returns takes its place for good."""
 
 
 def derive_seed(*keys: int | str) -> int:
@@ -114,6 +120,12 @@ class World:
     seed: int = 7
     disk: Disk = field(default_factory=RealDisk)
     is_real: bool = True
+    _foreign: DaemonThreads = field(
+        default_factory=lambda: DaemonThreads(name="asyncflow-foreign", max_threads=FOREIGN_THREADS),
+        init=False,
+        repr=False,
+        compare=False,
+    )
 
     @staticmethod
     def now_s() -> float:
@@ -129,8 +141,19 @@ class World:
         return np.random.default_rng(derive_seed(self.seed, *keys))
 
     async def run_blocking(self, call: Callable[[], ResultT]) -> ResultT:
-        """Run a call that computes or blocks for over 5 ms, off the event loop; inline under simulation."""
+        """Run a call of ours that takes over 5 ms off the event loop; inline under simulation.
+
+        The loop waits for it when it ends, so that nothing is left half done.
+        """
         return await asyncio.to_thread(call) if self.is_real else call()
+
+    async def run_foreign(self, call: Callable[[], ResultT]) -> ResultT:
+        """Run a call whose duration we can't know off the event loop: code of users. Inline under simulation.
+
+        It has threads of its own, so that it holds up no work of ours, and the process does
+        not wait for it when it ends. Give it a time limit: a call that is cancelled is abandoned.
+        """
+        return await self._foreign.run(call) if self.is_real else call()
 
     @staticmethod
     def start_python(
