@@ -159,7 +159,7 @@ class Bench:
 
         async def agent(prompt: Prompt, chat: Chat) -> float:
             start_s = world.now_s()
-            value = await score(reward, prompt, await chat.respond(prompt.text))
+            value = await score(reward, prompt, await chat.respond(prompt.text), world)
             self.recorder.chain(prompt, start_s, world.now_s())
             return value
 

@@ -24,16 +24,20 @@ from asyncflow.core.types import (
     Trajectory,
     VersionSpan,
 )
-from asyncflow.core.world import derive_seed
+from asyncflow.core.world import World, derive_seed
 
 
 class Chat:
     """One conversation with the policy.
 
-    `params` are those of every turn; the seed of turn k derives from theirs and k.
+    `params` are those of every turn; the seed of turn k derives from theirs and k. `world` is
+    where an agent takes its time and randomness from, and runs what would block (`run_foreign`).
     """
 
-    def __init__(self, engine: RolloutEngine, renderer: Renderer, params: SamplingParams, session: str) -> None:
+    def __init__(
+        self, engine: RolloutEngine, renderer: Renderer, params: SamplingParams, session: str, world: World
+    ) -> None:
+        self.world = world
         self._engine = engine
         self._renderer = renderer
         self._params = params
@@ -42,7 +46,7 @@ class Chat:
 
     async def respond(self, text: str) -> str:
         """Add what the policy is told, sample its turn, and return the turn's text without the end token."""
-        told = self._renderer.prompt_ids(text) if not self._turns else self._renderer.next_ids(text)
+        told = self._told(text)
         history = [array for heard, said in self._turns for array in (heard, said.token_ids)]
         params = replace(self._params, seed=derive_seed(self._params.seed, len(self._turns)))
         completion = await self._engine.generate(
@@ -50,6 +54,13 @@ class Chat:
         )
         self._turns.append((told, completion))
         return self._renderer.text(completion.token_ids)
+
+    def _told(self, text: str) -> IntArray:
+        """The tokens of a message. After a turn that was cut, they begin with the end token it lacks."""
+        if not self._turns:
+            return self._renderer.prompt_ids(text)
+        end = self._renderer.stop_token_ids[:1] if self.was_cut else ()
+        return np.concatenate([np.array(end, np.int32), self._renderer.next_ids(text)])
 
     def trajectory(self, prompt: Prompt, reward: float) -> Trajectory:
         """The record so far, with what it was worth. Needs at least one turn."""

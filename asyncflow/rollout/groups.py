@@ -14,12 +14,15 @@ from asyncflow.core.ports import Renderer, RolloutEngine
 from asyncflow.core.types import Group, Prompt, SamplingParams, Ticket, Trajectory
 from asyncflow.core.world import World, derive_seed
 from asyncflow.rollout.chat import Agent, Chat
-from asyncflow.rollout.rewards import checked, name_of
+from asyncflow.rollout.rewards import checked, is_cancelled, name_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutParts:
-    """What every rollout of a run shares. `params` lacks its seed, which each rollout derives."""
+    """What every rollout of a run shares. `params` lacks its seed, which each rollout derives.
+
+    A rollout is given `time_limit_s`, its wait for the engine included.
+    """
 
     engine: RolloutEngine
     renderer: Renderer
@@ -36,7 +39,7 @@ async def roll_out_group(ticket: Ticket, prompt: Prompt, group_size: int, parts:
     siblings are aborted then. Errors of the engine are passed on as they are.
     """
     try:
-        async with asyncio.timeout(parts.time_limit_s), asyncio.TaskGroup() as siblings:
+        async with asyncio.TaskGroup() as siblings:
             tasks = [
                 siblings.create_task(
                     roll_out_one(prompt, parts, session=f"{ticket}.{index}", seed_keys=("rollout", ticket, index)),
@@ -44,10 +47,6 @@ async def roll_out_group(ticket: Ticket, prompt: Prompt, group_size: int, parts:
                 )
                 for index in range(group_size)
             ]
-    except TimeoutError as error:
-        raise RolloutTimeout(
-            f"prompt {prompt.id} took over rollout.time_limit_s = {parts.time_limit_s:g} seconds"
-        ) from error
     except BaseExceptionGroup as group:
         raise first_cause(group) from group
     return Group(ticket=ticket, prompt=prompt, trajectories=tuple(task.result() for task in tasks))
@@ -56,18 +55,36 @@ async def roll_out_group(ticket: Ticket, prompt: Prompt, group_size: int, parts:
 async def roll_out_one(
     prompt: Prompt, parts: RolloutParts, *, session: str, seed_keys: Sequence[int | str]
 ) -> Trajectory:
-    """One trajectory of the agent on a prompt. Raises `RolloutError`."""
+    """One trajectory of the agent on a prompt. Raises `RolloutError`, `RolloutTimeout` when the time ran out."""
     seed = derive_seed(parts.world.seed, *seed_keys)
-    chat = Chat(parts.engine, parts.renderer, replace(parts.params, seed=seed), session)
+    chat = Chat(parts.engine, parts.renderer, replace(parts.params, seed=seed), session, parts.world)
     try:
-        reward = await parts.agent(prompt, chat)
-    except AsyncFlowError:
-        raise
-    except Exception as error:
-        raise AgentError(f"the agent raised {error!r} on prompt {prompt.id}") from error
+        async with asyncio.timeout(parts.time_limit_s):
+            reward = await _run_agent(prompt, chat, parts.agent)
+    except TimeoutError as error:
+        raise RolloutTimeout(
+            f"prompt {prompt.id} took over rollout.time_limit_s = {parts.time_limit_s:g} seconds"
+        ) from error
     if chat.num_turns == 0:
         raise AgentError(f"the agent returned without letting the policy respond, on prompt {prompt.id}")
     return chat.trajectory(prompt, checked(reward, f"agent {name_of(parts.agent)}", f"prompt {prompt.id}"))
+
+
+async def _run_agent(prompt: Prompt, chat: Chat, agent: Agent) -> float:
+    """What the agent returns. Whatever it raises by itself is its failure.
+
+    So is a `CancelledError` that nobody asked for: it would end our task without a word.
+    """
+    try:
+        return await agent(prompt, chat)
+    except AsyncFlowError:
+        raise
+    except asyncio.CancelledError as error:
+        if is_cancelled():
+            raise
+        raise AgentError(f"the agent let {error!r} escape on prompt {prompt.id}") from error
+    except Exception as error:
+        raise AgentError(f"the agent raised {error!r} on prompt {prompt.id}") from error
 
 
 def prompt_order(prompts: Sequence[Prompt], world: World) -> Callable[[Ticket], Prompt]:

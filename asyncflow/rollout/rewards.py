@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import math
 from collections.abc import Awaitable, Callable
@@ -11,10 +12,16 @@ import numpy as np
 
 from asyncflow.core.errors import AsyncFlowError, RewardError
 from asyncflow.core.types import Prompt
+from asyncflow.core.world import World
 from asyncflow.rollout.chat import Agent, Chat
 
 Reward = Callable[[Prompt, str], float | Awaitable[float]]
-"""What a completion to a prompt is worth; may be a coroutine function."""
+"""What a completion to a prompt is worth.
+
+A plain function is called in threads, several completions at once: what it shares between
+calls, it must lock, and it can't use signals. A coroutine function is called on the event
+loop, one step of it at a time: it must not block.
+"""
 
 LARGEST = float(np.finfo(np.float32).max)
 """A larger reward would be infinite in its column."""
@@ -24,23 +31,40 @@ def single_turn(reward: Reward) -> Agent:
     """The agent that shows the prompt, lets the policy answer once, and rewards the answer."""
 
     async def agent(prompt: Prompt, chat: Chat) -> float:
-        return await score(reward, prompt, await chat.respond(prompt.text))
+        return await score(reward, prompt, await chat.respond(prompt.text), chat.world)
 
     return agent
 
 
-async def score(reward: Reward, prompt: Prompt, answer: str) -> float:
+async def score(reward: Reward, prompt: Prompt, answer: str, world: World) -> float:
     """The reward of an answer. Raises `RewardError`, with the function's name, unless it is a finite number."""
-    name = name_of(reward)
+    where = f"prompt {prompt.id}, answer {answer[:80]!r}"
     try:
-        value = reward(prompt, answer)
-        if inspect.isawaitable(value):
-            value = await value
+        value = await _call(reward, prompt, answer, world)
     except AsyncFlowError:
         raise
+    except asyncio.CancelledError as error:
+        if is_cancelled():
+            raise
+        raise RewardError(f"reward {name_of(reward)} let {error!r} escape on {where}") from error
     except Exception as error:
-        raise RewardError(f"reward {name} raised {error!r} on prompt {prompt.id}, answer {answer[:80]!r}") from error
-    return checked(value, f"reward {name}", f"prompt {prompt.id}, answer {answer[:80]!r}")
+        raise RewardError(f"reward {name_of(reward)} raised {error!r} on {where}") from error
+    return checked(value, f"reward {name_of(reward)}", where)
+
+
+async def _call(reward: Reward, prompt: Prompt, answer: str, world: World) -> float:
+    """What the reward returns; computed off the event loop unless it is a coroutine function."""
+    if inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__):
+        value = reward(prompt, answer)
+    else:
+        value = await world.run_foreign(lambda: reward(prompt, answer))
+    return await value if inspect.isawaitable(value) else value
+
+
+def is_cancelled() -> bool:
+    """Whether somebody asked the running task to end. If not, a `CancelledError` in it is a stray one."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def checked(value: object, who: str, where: str) -> float:

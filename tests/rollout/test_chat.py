@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncflow.core.types import NOT_SAMPLED, Completion, FinishReason, Prompt, SamplingParams
-from asyncflow.core.world import derive_seed
-from asyncflow.engines.scripted import ScriptedRenderer
+from asyncflow.core.world import MemoryDisk, World, derive_seed
+from asyncflow.engines.scripted import END_TOKEN, ScriptedRenderer
 from asyncflow.plan.virtual import run_virtually
 from asyncflow.rollout.chat import Chat
 from tests.rollout.engines import TellingEngine, say
@@ -19,7 +19,8 @@ PARAMS = SamplingParams(max_tokens=8, temperature=0.7, seed=5)
 
 def new_chat(*completions: Completion) -> tuple[Chat, TellingEngine]:
     engine = TellingEngine(list(completions))
-    return Chat(engine, ScriptedRenderer(), PARAMS, session="4.1"), engine
+    world = World(disk=MemoryDisk(), is_real=False)
+    return Chat(engine, ScriptedRenderer(), PARAMS, session="4.1", world=world), engine
 
 
 @st.composite
@@ -97,3 +98,17 @@ async def test_text_and_finish_reason_of_the_record() -> None:
     assert trajectory.completion_text == "5 6\n7 8"
     assert trajectory.prompt_text == "ask"
     assert trajectory.finish_reason is FinishReason.LENGTH
+
+
+async def test_a_turn_that_was_cut_gets_the_end_token_that_it_lacks_as_told() -> None:
+    """The renderer's next message begins where the policy ended its turn; a cut turn has no end."""
+    chat, engine = new_chat(say(5, 6, reason=FinishReason.LENGTH, versions=[(3, 2)]), say(7, 0), say(8, 0))
+    for text in ("a", "b", "c"):
+        await chat.respond(text)
+    a, b, c = (ord(text) for text in "abc")
+    assert engine.calls[1].token_ids.tolist() == [a, 5, 6, END_TOKEN, b]
+    assert engine.calls[2].token_ids.tolist() == [a, 5, 6, END_TOKEN, b, 7, END_TOKEN, c]  # the second ended itself
+    trajectory = chat.trajectory(PROMPT, 0.0)
+    assert trajectory.loss_mask.tolist() == [False, True, True, False, False, True, True, False, True, True]
+    assert trajectory.versions.tolist()[:5] == [NOT_SAMPLED, 3, 3, NOT_SAMPLED, NOT_SAMPLED]
+    assert trajectory.logprobs[3] == 0.0

@@ -37,7 +37,7 @@ async def answer(prompt: Prompt, chat: Chat) -> float:
     return 1.0
 
 
-def failing_at(call: int, error: Exception) -> Agent:
+def failing_at(call: int, error: BaseException) -> Agent:
     """The agent of the first siblings asks and waits; sibling number `call` raises."""
     begun: list[int] = []
 
@@ -84,6 +84,28 @@ def test_an_agents_own_timeout_is_its_failure_not_the_rollouts() -> None:
     parts = make_parts(SilentEngine(), failing_at(1, TimeoutError("the tool took too long")))
     with pytest.raises(AgentError, match=r"the agent raised TimeoutError\('the tool took too long'\) on prompt p7"):
         run_virtually(roll_out_group(Ticket(0), PROMPT, 2, parts))
+
+
+def test_a_stray_cancellation_in_an_agent_is_its_failure() -> None:
+    """A task of the agent's own was cancelled; swallowed as ours, it would end a producer without a word."""
+
+    async def agent(prompt: Prompt, chat: Chat) -> float:
+        await chat.respond(prompt.text)
+        tool: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_later(1, tool.cancel)
+        return await tool
+
+    with pytest.raises(AgentError, match=r"the agent let CancelledError.* escape on prompt p7"):
+        run_virtually(roll_out_group(Ticket(0), PROMPT, 2, make_parts(TellingEngine(), agent)))
+
+
+def test_cancelling_a_group_cancels_it() -> None:
+    async def main() -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(5):
+                await roll_out_group(Ticket(0), PROMPT, 2, make_parts(SilentEngine(), answer))
+
+    run_virtually(main())
 
 
 @pytest.mark.parametrize("call", [1, 2, 3])
