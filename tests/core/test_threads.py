@@ -78,6 +78,7 @@ async def test_stuck_foreign_calls_hold_up_no_work_of_ours() -> None:
     async with asyncio.TaskGroup() as group:
         for i in range(FOREIGN_THREADS + 4):
             group.create_task(world.run_foreign(lambda: release.wait(30)), name=f"reward {i}")
+        await asyncio.sleep(0)  # until they have begun
         async with asyncio.timeout(10):  # far less than what the stuck calls last
             assert await world.run_blocking(lambda: 5) == 5
         release.set()
