@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass
 from typing import Protocol
 
-from asyncflow.core.config import RunConfig
+from asyncflow.core.config import RolloutConfig, RunConfig
 
 
 class Busy(Protocol):
@@ -22,6 +22,16 @@ class Busy(Protocol):
     def num_running(self) -> int:
         """Completions asked for and not yet returned."""
         ...
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def rollout_threads(config: RolloutConfig) -> int:
+    """Threads that the rollout engine computes on: the configured number, else half of the cores."""
+    return config.threads or max(1, num_cores() // 2)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -36,10 +46,10 @@ class Cores:
     @classmethod
     def of(cls, config: RunConfig) -> Cores:
         """The division for a run; numbers given in the configuration are taken as they are."""
-        total = len(os.sched_getaffinity(0))
+        total = num_cores()
         return cls(
             total=total,
-            rollout_threads=config.rollout.threads or max(1, total // 2),
+            rollout_threads=rollout_threads(config.rollout),
             train_threads=config.train.threads,
         )
 

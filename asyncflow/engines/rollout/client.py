@@ -1,15 +1,17 @@
 """The rollout engine as the run sees it: a `RolloutEngine` whose work is done by a child process.
 
-The engine has no task of its own: the event loop calls it when bytes arrive and when the
-child ends, so there is nothing to supervise and nothing can leak. When the child dies, every
-waiting call raises `EngineLostError`, and so does every later one. Whoever must not go on
-without the engine, even while nothing waits for it, runs `watch` beside its work.
+The engine has no task of its own: the event loop calls it when bytes arrive, when the child
+ends, and when it is time to ask whether the child still answers, so there is nothing to
+supervise and nothing can leak. When the child dies, every waiting call raises
+`EngineLostError`, and so does every later one; a child that lives but has stopped answering is
+killed, so that this is the only way to lose it. Opening the model is not timed: it may have to
+be downloaded. Whoever must not go on without the engine, even while nothing waits for it, runs
+`watch` beside its work.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -23,8 +25,10 @@ from asyncflow.core.ports import OnTokens
 from asyncflow.core.types import Completion, IntArray, PolicyVersion, SamplingParams, TokenChunk, WeightsRef
 from asyncflow.core.world import World
 from asyncflow.engines.channel import MemoryChannel
+from asyncflow.engines.cores import rollout_threads
 from asyncflow.engines.rollout.messages import (
     Abort,
+    Alive,
     Busy,
     Chunk,
     Close,
@@ -33,9 +37,9 @@ from asyncflow.engines.rollout.messages import (
     FromWorker,
     Generate,
     LoadWeights,
+    Ping,
     Ready,
     Refused,
-    SetThreads,
     Start,
     WeightsLive,
     completion,
@@ -43,10 +47,19 @@ from asyncflow.engines.rollout.messages import (
     ints,
 )
 from asyncflow.engines.rollout.process import ChildProcess, Connection, start_child
+from asyncflow.engines.rollout.pulse import Pulse
 
 WORKER = "asyncflow.engines.rollout.worker"
 ROLE = "rollout"
 CLOSE_LIMIT_S = 3.0
+SILENCE_LIMIT_S = 300.0
+"""How long the child may say nothing, although asked, before it is taken for lost.
+
+Generous, because it answers only between two pieces of work. The longest are a prefill of
+8,192 tokens (80 to 160 s for half a billion parameters on one core) and copying and hashing
+the weights (about a second per gigabyte). To wait some minutes for a child that is lost for
+good costs little; to kill one that works costs the run.
+"""
 ENVIRONMENT: Mapping[str, str] = {
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads of two processes on few cores cost a factor of 30
     "TOKENIZERS_PARALLELISM": "false",
@@ -63,11 +76,12 @@ Waiting = dict[int, asyncio.Future[AnswerT]]
 class TorchRolloutEngine:
     """Samples completions in a child process. Made by `start_rollout_engine`."""
 
-    def __init__(self, observer: Observer) -> None:
+    def __init__(self, observer: Observer, *, silence_limit_s: float = SILENCE_LIMIT_S) -> None:
         self.num_tokens = 0
         """Tokens sampled since the start."""
         self._observer = observer
-        self._connection = Connection(self._receive, self._hang_up)
+        self._connection = Connection(self._receive, self._condemn, self._hang_up)
+        self._pulse = Pulse(silence_limit_s, lambda: self._connection.send(Ping()), self._give_up)
         self._child: ChildProcess | None = None
         self._completions: Waiting[Completion] = {}
         self._loads: Waiting[WeightsLive] = {}
@@ -99,7 +113,7 @@ class TorchRolloutEngine:
         self, *, model: str, config: RolloutConfig, world: World, channel: MemoryChannel | None, log: Path
     ) -> None:
         """Start the child; returns once it can serve. Raises `ConfigError`, or `EngineLostError` if it dies."""
-        threads = config.threads or max(1, len(os.sched_getaffinity(0)) // 2)
+        threads = rollout_threads(config)
         self._child = await start_child(
             world,
             WORKER,
@@ -158,12 +172,11 @@ class TorchRolloutEngine:
             )
         return replace(weights.version, fingerprint=answer.fingerprint)
 
-    def set_threads(self, threads: int) -> None:
-        """Compute with this many CPU threads from the next decode step on."""
-        self._connection.send(SetThreads(threads=max(1, threads)))
-
     async def watch(self) -> None:
-        """Wait for the child's end. Raises `EngineLostError` if it died, returns if the engine was closed."""
+        """Wait for the child's end. Raises `EngineLostError` if it died or stopped answering.
+
+        Returns if the engine was closed.
+        """
         await self._gone.wait()
         if not self._is_closing:
             raise EngineLostError(self._loss)
@@ -209,7 +222,10 @@ class TorchRolloutEngine:
                 self._connection.send(Abort(request=message.request))
 
     def _receive(self, message: FromWorker) -> None:
+        self._pulse.hear()
         match message:
+            case Alive():
+                pass
             case Chunk():
                 self._stream(message)
             case Finished():
@@ -223,6 +239,7 @@ class TorchRolloutEngine:
                 self._observer.span(ROLE, "decode", message.start_s, message.end_s)
             case Ready():
                 self._ready.set_result(message)
+                self._pulse.begin()
             case Refused():
                 self._ready.set_exception(ConfigError(*message.problems))
 
@@ -243,6 +260,17 @@ class TorchRolloutEngine:
             if future is not None and not future.done():
                 future.set_exception(error)
 
+    def _give_up(self) -> None:
+        if self._child is not None:
+            self._condemn(
+                f"did not answer for {self._pulse.limit_s:g} s (state: {self._child.kernel_state()}, "
+                f"{len(self._completions)} completions and {len(self._loads)} weight loads outstanding)"
+            )
+
+    def _condemn(self, offence: str) -> None:
+        if self._child is not None:
+            self._child.condemn(offence)
+
     def _hang_up(self) -> None:
         if self._child is not None:
             self._child.expect_exit()
@@ -251,6 +279,7 @@ class TorchRolloutEngine:
         """The child has ended: nobody waits for it any longer."""
         self._loss = "the rollout engine was closed" if self._is_closing else f"rollout {obituary}"
         self._gone.set()
+        self._pulse.end()
         self._connection.close()
         for request in (*self._completions, *self._loads):
             self._fail(request, EngineLostError(self._loss))
@@ -274,13 +303,15 @@ async def start_rollout_engine(
     channel: MemoryChannel | None,
     log: Path,
     observer: Observer | None = None,
+    silence_limit_s: float = SILENCE_LIMIT_S,
 ) -> AsyncIterator[TorchRolloutEngine]:
     """A running engine for `model`, a folder or hub name; its process ends with the block.
 
-    The child's output goes to the end of the file `log`. Raises `ConfigError` when the model
+    The child's output goes to the end of the file `log`. A child that says nothing for
+    `silence_limit_s`, although asked, is killed: choose more than the longest step. Raises `ConfigError` when the model
     can't be served as configured.
     """
-    engine = TorchRolloutEngine(observer or NullObserver())
+    engine = TorchRolloutEngine(observer or NullObserver(), silence_limit_s=silence_limit_s)
     try:
         await engine.start(model=model, config=config, world=world, channel=channel, log=log)
         yield engine

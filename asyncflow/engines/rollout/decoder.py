@@ -7,7 +7,7 @@ the running rows, which the old weights computed, are computed again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,9 +42,13 @@ class Prefix:
 
 
 class Decoder:
-    """Samples completions from a model. Not thread-safe: one loop drives it."""
+    """Samples completions from a model. Not thread-safe: one loop drives it.
 
-    def __init__(self, model: PreTrainedModel, limits: Limits) -> None:
+    `on_progress` is called in the middle of long steps.
+    """
+
+    def __init__(self, model: PreTrainedModel, limits: Limits, on_progress: Callable[[], None] = lambda: None) -> None:
+        self._on_progress = on_progress
         self._model = model
         self._limits = limits
         self._scheduler = Scheduler(limits)
@@ -133,6 +137,7 @@ class Decoder:
         by_length = sorted(siblings.values(), key=lambda same: len(same[0].token_ids))
         for chunk in _split(by_length, self._limits.prefill_tokens):
             self._prefill_chunk(chunk)
+            self._on_progress()
 
     def _prefill_chunk(self, chunk: Sequence[Sequence[Prefix]]) -> None:
         longest = max(len(same[0].token_ids) for same in chunk)

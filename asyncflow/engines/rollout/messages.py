@@ -7,7 +7,7 @@ into these closed types and nothing else; arrays travel as raw little-endian byt
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -53,10 +53,8 @@ class LoadWeights(msgspec.Struct, frozen=True, tag="load_weights"):
     weights: WeightsRef
 
 
-class SetThreads(msgspec.Struct, frozen=True, tag="set_threads"):
-    """Compute with this many CPU threads from the next step on."""
-
-    threads: int
+class Ping(msgspec.Struct, frozen=True, tag="ping"):
+    """Is anyone there? Answered by `Alive`, between two decode steps or at once."""
 
 
 class Close(msgspec.Struct, frozen=True, tag="close"):
@@ -100,7 +98,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """This request can't be served; `kind` names the error to raise."""
 
     request: int
-    kind: str
+    kind: Literal["non_finite", "weights"]
     reason: str
 
 
@@ -121,8 +119,12 @@ class Busy(msgspec.Struct, frozen=True, tag="busy"):
     num_tokens: int
 
 
-ToWorker = Start | Generate | Abort | LoadWeights | SetThreads | Close
-FromWorker = Ready | Refused | Finished | Chunk | Failed | WeightsLive | Busy
+class Alive(msgspec.Struct, frozen=True, tag="alive"):
+    """Answer to `Ping`; also sent unasked in the middle of a long step."""
+
+
+ToWorker = Start | Generate | Abort | LoadWeights | Ping | Close
+FromWorker = Ready | Refused | Finished | Chunk | Failed | WeightsLive | Busy | Alive
 
 MessageT = TypeVar("MessageT")
 _encoder = msgspec.msgpack.Encoder()

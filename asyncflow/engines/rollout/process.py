@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
+from asyncflow.core.errors import EngineLostError
 from asyncflow.core.world import World
 from asyncflow.engines.rollout.messages import Frames, FromWorker, ToWorker, encode
 
@@ -31,8 +32,14 @@ LAST_WORDS_LINES = 12
 class Connection(asyncio.Protocol):  # asyncio demands the base class
     """The owner's end. Messages sent in one turn of the event loop travel in one frame."""
 
-    def __init__(self, on_message: Callable[[FromWorker], None], on_closed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        on_message: Callable[[FromWorker], None],
+        on_damage: Callable[[str], None],
+        on_closed: Callable[[], None],
+    ) -> None:
         self._on_message = on_message
+        self._on_damage = on_damage
         self._on_closed = on_closed
         self._frames = Frames.from_worker()
         self._outbox: list[ToWorker] = []
@@ -54,9 +61,13 @@ class Connection(asyncio.Protocol):  # asyncio demands the base class
         self._transport = cast(asyncio.WriteTransport, transport)
 
     def data_received(self, data: bytes) -> None:
-        """Called by the event loop."""
-        for message in self._frames.feed(data):
-            self._on_message(message)
+        """Called by the event loop. What follows a damaged frame can't be read either, so the connection ends."""
+        try:
+            for message in self._frames.feed(data):
+                self._on_message(message)
+        except EngineLostError as error:
+            self._on_damage(str(error))
+            self.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Called by the event loop."""
@@ -78,6 +89,7 @@ class ChildProcess:
         self._on_exit = on_exit
         self._loop = asyncio.get_running_loop()
         self._exited = asyncio.Event()
+        self._offence = ""
         self._pidfd = os.pidfd_open(process.pid)
         self._loop.add_reader(self._pidfd, self._reap)
 
@@ -85,6 +97,20 @@ class ChildProcess:
     def pid(self) -> int:
         """Process id."""
         return self._process.pid
+
+    def condemn(self, offence: str) -> None:
+        """Kill it for what it did, which its obituary will say."""
+        if not self._exited.is_set():
+            self._offence = self._offence or offence
+            self._process.kill()
+
+    def kernel_state(self) -> str:
+        """What the kernel says it does, such as `T (stopped)`."""
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+                if line.startswith("State:"):
+                    return line.removeprefix("State:").strip()
+        return "unknown"
 
     def expect_exit(self) -> None:
         """It has hung up, so it should end now: kill it if it does not."""
@@ -94,6 +120,8 @@ class ChildProcess:
     def _obituary(self) -> str:
         code = self._process.returncode
         how = f"was killed by {_signal_name(-code)}" if code < 0 else f"exited with code {code}"
+        if self._offence:
+            how = f"{self._offence} and was killed"
         words = last_words(self._log)
         return f"process {self.pid} {how}" + (f"; the end of {self._log}:\n{words}" if words else "")
 

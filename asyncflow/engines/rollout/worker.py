@@ -24,6 +24,7 @@ from asyncflow.engines.devices import pick_device
 from asyncflow.engines.rollout.decoder import Decoder
 from asyncflow.engines.rollout.messages import (
     Abort,
+    Alive,
     Busy,
     Close,
     Failed,
@@ -31,9 +32,9 @@ from asyncflow.engines.rollout.messages import (
     FromWorker,
     Generate,
     LoadWeights,
+    Ping,
     Ready,
     Refused,
-    SetThreads,
     Start,
     ToWorker,
     WeightsLive,
@@ -49,6 +50,8 @@ GPU_CACHE_SHARE = 0.5
 HOST_CACHE_SHARE = 0.2
 """Part of all the memory of the machine; what is free there changes from moment to moment."""
 BUSY_REPORT_S = 0.25
+LIFE_SIGN_S = 1.0
+"""How often a long step says that it goes on."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -73,6 +76,21 @@ class Link:
         """Send one frame; waits while the other side does not read."""
         if messages:
             self._connection.sendall(encode(messages))
+
+
+class LifeSigns:
+    """Called in the middle of a long step, when no message can be answered: says now and then that it goes on."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._last_s = 0.0
+
+    def __call__(self) -> None:
+        """Work goes on."""
+        now_s = time.monotonic()
+        if now_s - self._last_s >= LIFE_SIGN_S:
+            self._last_s = now_s
+            self._link.send([Alive()])
 
 
 class BusyMeter:
@@ -132,8 +150,8 @@ class Worker:
                 self._decoder.abort(message.request)
             case LoadWeights():
                 self._link.send([self._load(message)])
-            case SetThreads():
-                torch.set_num_threads(message.threads)
+            case Ping():
+                self._link.send([Alive()])
             case _:
                 raise ValueError(f"unexpected message {message!r}")
 
@@ -165,7 +183,7 @@ def build(start: Start, link: Link) -> tuple[Worker, Ready]:
     limits = Limits(
         max_running=start.max_running, prefill_tokens=PREFILL_TOKENS, cache_tokens=cache_tokens(model, device)
     )
-    worker = Worker(link, Decoder(model, limits), Weights(model, channel))
+    worker = Worker(link, Decoder(model, limits, LifeSigns(link)), Weights(model, channel))
     vocabulary = model.get_input_embeddings().weight.shape[0]
     return worker, Ready(device=device, vocabulary=vocabulary, context=context_limit(model))
 

@@ -195,3 +195,18 @@ def test_long_and_short_sequences_share_the_cache_while_it_grows_and_shrinks() -
     ]
     for (prompt, _), one in zip(asked, complete(model, asked), strict=True):
         assert_scored(model, prompt, one)
+
+
+def test_a_long_step_says_that_it_goes_on() -> None:
+    """After every part of a prefill that is cut into parts: a step may be much longer than a message may wait."""
+    signs: list[int] = []
+    model = build()
+    decoder = Decoder(model, LIMITS, lambda: signs.append(decoder.num_running))
+    for request, prompt in enumerate(prompts([20, 20, 20])):
+        submit(decoder, request, prompt, SamplingParams(max_tokens=4))
+    while decoder.num_running < 3:
+        decoder.step()
+    signs.clear()
+    decoder.change_version(1)
+    decoder.step()
+    assert signs == [3, 3, 3]

@@ -8,7 +8,7 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from asyncflow.core.metrics import NullObserver
 from asyncflow.core.types import FloatArray, IntArray, SamplingParams, WeightsRef
 from asyncflow.core.world import World
 from asyncflow.engines.channel import MemoryChannel
-from asyncflow.engines.rollout.client import TorchRolloutEngine, start_rollout_engine
+from asyncflow.engines.rollout.client import SILENCE_LIMIT_S, TorchRolloutEngine, start_rollout_engine
 from tests.contracts.rollout_engine import SUITE, Subject, cancelling_frees_the_slots, closing_is_final
 from tests.engines.rollout.tiny import CONTEXT, VOCABULARY, build, parameters, save, score, shapes
 
@@ -74,12 +74,18 @@ class Running:
 
 
 @asynccontextmanager
-async def running(folder: Path) -> AsyncIterator[Running]:
+async def running(folder: Path, *, silence_limit_s: float = SILENCE_LIMIT_S) -> AsyncIterator[Running]:
     model = build()
     channel, observer, log = MemoryChannel.create(shapes(model)), Spans(), folder / "logs" / "rollout.log"
     publisher = Publisher(channel)
     async with start_rollout_engine(
-        model=save(model, folder / "model"), config=CONFIG, world=World(), channel=channel, log=log, observer=observer
+        model=save(model, folder / "model"),
+        config=CONFIG,
+        world=World(),
+        channel=channel,
+        log=log,
+        observer=observer,
+        silence_limit_s=silence_limit_s,
     ) as engine:
         subject = Subject(
             engine=engine, vocabulary=VOCABULARY, num_slots=4, publish=publisher.publish, score=publisher.score
@@ -128,14 +134,6 @@ async def test_a_cancelled_request_is_not_computed_any_further(shared: Running) 
     assert shared.engine.num_tokens - before < CONTEXT, "else those cancelled went on to the end of their context"
 
 
-async def test_threads_may_change_while_it_runs(shared: Running) -> None:
-    one = await shared.engine.generate(PROMPT, SamplingParams(max_tokens=5, seed=1), session="")
-    shared.engine.set_threads(2)
-    other = await shared.engine.generate(PROMPT, SamplingParams(max_tokens=5, seed=1), session="")
-    shared.engine.set_threads(1)
-    assert one.token_ids.tolist() == other.token_ids.tolist()
-
-
 def is_gone(pid: int) -> bool:
     """Whether no process has this id any more, not even a zombie."""
     try:
@@ -179,6 +177,61 @@ async def test_a_killed_process_ends_every_call_and_says_how_it_died(tmp_path: P
         for call in (engine.generate(PROMPT, FOREVER, session=""), engine.load_weights(started.subject.publish())):
             with pytest.raises(EngineLostError, match="SIGKILL"):
                 await call
+
+
+@pytest.mark.parametrize("num_calls", [0, 2], ids=["idle", "busy"])
+async def test_a_process_that_stopped_answering_is_lost(tmp_path: Path, num_calls: int) -> None:
+    """Also while nothing waits for it: the run must not go on without it."""
+    losses: list[str] = []
+
+    async def expect_loss(call: Coroutine[None, None, object]) -> None:
+        with pytest.raises(EngineLostError) as caught:
+            await call
+        losses.append(str(caught.value))
+
+    async with running(tmp_path, silence_limit_s=1) as started:
+        engine = started.engine
+        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+            group.create_task(expect_loss(engine.watch()), name="watch")
+            os.kill(engine.pid, signal.SIGSTOP)
+            for number in range(num_calls):
+                call = engine.generate(PROMPT, FOREVER, session="")
+                group.create_task(expect_loss(call), name=f"call {number}")
+        assert is_gone(engine.pid)
+        expected = f"did not answer for 1 s (state: T (stopped), {num_calls} completions and 0 weight loads outstanding"
+        assert len(losses) == 1 + num_calls
+        assert all(expected in loss for loss in losses)
+        with pytest.raises(EngineLostError, match="did not answer"):
+            await engine.load_weights(started.subject.publish())
+
+
+async def test_an_idle_process_answers(tmp_path: Path) -> None:
+    async with running(tmp_path, silence_limit_s=1) as started:
+        heard = asyncio.Event()
+        pulse = started.engine._pulse
+        pulse.hear = heard.set  # type: ignore[method-assign]
+        async with asyncio.timeout(10):
+            await heard.wait()
+
+
+SCRIBBLER = """
+import socket, sys
+connection = socket.socket(fileno=int(sys.argv[1]))
+connection.sendall(b"\\xff" * 8)
+print("its last words", flush=True)
+while connection.recv(1000):
+    pass
+sys.stdin.read()
+"""
+
+
+async def test_a_damaged_message_is_named_as_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "scribbler.py").write_text(SCRIBBLER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr("asyncflow.engines.rollout.client.WORKER", "scribbler")
+    with pytest.raises(EngineLostError, match=r"a frame announces 4294967295 bytes, .* and was killed"):
+        async with start_rollout_engine(model="x", config=CONFIG, world=World(), channel=None, log=tmp_path / "log"):
+            pytest.fail("it started")
 
 
 async def test_a_model_that_is_not_there_is_a_configuration_error(tmp_path: Path) -> None:
