@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,10 +34,23 @@ class Evaluation:
     num_failed: int
 
 
-async def evaluate(prompts: Sequence[Prompt], parts: RolloutParts, *, name: str, samples: int = 1) -> Evaluation:
+def _ignore(text: str) -> None:
+    """Nobody is told."""
+
+
+async def evaluate(
+    prompts: Sequence[Prompt],
+    parts: RolloutParts,
+    *,
+    name: str,
+    samples: int = 1,
+    tell: Callable[[str], None] = _ignore,
+) -> Evaluation:
     """Answer every prompt `samples` times, all at once. A rollout that fails counts as a wrong answer.
 
-    `name` seeds the sampling: equal names, weights and prompts give equal results.
+    `tell` is told how many failed for each reason, and the first error of each. Raises the
+    first error when all failed: that says nothing about the policy. `name` seeds the sampling:
+    equal names, weights and prompts give equal results.
     """
     try:
         async with asyncio.TaskGroup() as answers:
@@ -49,19 +63,32 @@ async def evaluate(prompts: Sequence[Prompt], parts: RolloutParts, *, name: str,
             ]
     except BaseExceptionGroup as group:
         raise first_cause(group) from group
-    return _summary([[task.result() for task in row] for row in tasks])
+    results = [[task.result() for task in row] for row in tasks]
+    _report([result for row in results for result in row], name, tell)
+    return _summary(results)
 
 
-async def _answer(prompt: Prompt, parts: RolloutParts, name: str, k: int) -> Trajectory | None:
+async def _answer(prompt: Prompt, parts: RolloutParts, name: str, k: int) -> Trajectory | RolloutError:
     try:
         return await roll_out_one(prompt, parts, session=f"{name}.{prompt.id}.{k}", seed_keys=(name, prompt.id, k))
-    except RolloutError:
-        return None
+    except RolloutError as error:
+        return error
 
 
-def _summary(answers: list[list[Trajectory | None]]) -> Evaluation:
-    right = np.array([[answer is not None and answer.reward >= 1.0 for answer in row] for row in answers])
-    done = [answer for row in answers for answer in row if answer is not None]
+def _report(results: Sequence[Trajectory | RolloutError], name: str, tell: Callable[[str], None]) -> None:
+    """Tell the failures by their reason. Raises the first one when there is nothing else."""
+    errors = [result for result in results if isinstance(result, RolloutError)]
+    if errors and len(errors) == len(results):
+        raise errors[0]
+    counts = Counter(error.reason for error in errors)
+    for reason, count in counts.items():
+        first = next(error for error in errors if error.reason == reason)
+        tell(f"{count} of {len(results)} answers of {name} failed ({reason}) and count as wrong; the first: {first}")
+
+
+def _summary(results: list[list[Trajectory | RolloutError]]) -> Evaluation:
+    right = np.array([[isinstance(result, Trajectory) and result.reward >= 1.0 for result in row] for row in results])
+    done = [result for row in results for result in row if isinstance(result, Trajectory)]
     num_prompts, samples = right.shape
     per_prompt = right.mean(axis=1)
     return Evaluation(

@@ -58,7 +58,7 @@ async def reinforce(config: RunConfig, setup: Setup[TensorT], snapshot: LedgerSn
     meter = setup.meter
     meter.begin(steps=config.steps, now_s=setup.world.now_s())
     health = Health(config.max_staleness)
-    failures = FailureBudget(config.rollout.max_failures, tell=lambda text: meter.record("health", {"message": text}))
+    failures = FailureBudget(config.rollout.max_failures, tell=partial(tell_health, meter))
     parts = rollout_parts(config, setup.rollout, setup.renderer, setup.agent, setup.world)
     prompt_of = prompt_order(setup.prompts, setup.world)
 
@@ -166,9 +166,15 @@ async def measure(config: RunConfig, setup: Setup[TensorT], parts: RolloutParts,
     at_an_end = version.step in (0, config.steps)
     wanted = config.evaluate.final_num_prompts if at_an_end else config.evaluate.num_prompts
     parts = evaluation_parts(parts, config.evaluate.temperature)
-    result = await evaluate(setup.held_out[:wanted], parts, name=f"evaluation {version.step}")
+    tell = partial(tell_health, setup.meter)
+    result = await evaluate(setup.held_out[:wanted], parts, name=f"evaluation {version.step}", tell=tell)
     setup.meter.record("evaluation", {"step": version.step, **asdict(result)})
     return result
+
+
+def tell_health(meter: Meter, text: str) -> None:
+    """Record that something is wrong which does not end the run."""
+    meter.record("health", {"message": text})
 
 
 def is_evaluated(config: RunConfig, step: int) -> bool:

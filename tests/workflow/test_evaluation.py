@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
+
 import numpy as np
 import pytest
 
-from asyncflow.core.errors import AgentError, EngineLostError
+from asyncflow.core.errors import AgentError, EngineLostError, RolloutTimeout
 from asyncflow.core.types import Prompt
 from asyncflow.plan.virtual import run_virtually
 from asyncflow.rollout.chat import Agent, Chat
 from asyncflow.workflow.evaluation import Evaluation, evaluate
-from tests.rollout.engines import TellingEngine, make_parts, say
+from tests.rollout.engines import SilentEngine, TellingEngine, make_parts, say
 
 PROMPTS = [Prompt(id=str(index), text=f"{index}?", answer=str(index)) for index in range(4)]
 
@@ -29,9 +32,12 @@ def graded(rewards: dict[str, list[float | Exception]]) -> Agent:
     return agent
 
 
-def run_evaluation(agent: Agent, engine: TellingEngine | None = None, samples: int = 1) -> Evaluation:
+def run_evaluation(
+    agent: Agent, engine: TellingEngine | SilentEngine | None = None, samples: int = 1, told: list[str] | None = None
+) -> Evaluation:
     parts = make_parts(engine or TellingEngine(), agent)
-    return run_virtually(evaluate(PROMPTS, parts, name="evaluation 3", samples=samples))
+    tell = (told if told is not None else []).append
+    return run_virtually(evaluate(PROMPTS, parts, name="evaluation 3", samples=samples, tell=tell))
 
 
 def test_an_answer_is_right_from_a_reward_of_1_on_and_rewards_are_averaged() -> None:
@@ -58,9 +64,47 @@ def test_a_failed_rollout_is_a_wrong_answer_of_reward_0() -> None:
     assert result.length == 2.0  # of the answers there are
 
 
-def test_when_every_rollout_fails_there_is_a_result_all_the_same() -> None:
-    result = run_evaluation(graded({prompt.id: [KeyError("x")] for prompt in PROMPTS}))
-    assert (result.accuracy, result.length, result.num_failed) == (0.0, 0.0, 4)
+def test_failures_are_told_once_for_each_reason_with_the_first_error() -> None:
+    told: list[str] = []
+    run_evaluation(graded({"0": [1.0], "1": [KeyError("x")], "2": [math.nan], "3": [KeyError("y")]}), told=told)
+    assert told == [
+        "2 of 4 answers of evaluation 3 failed (agent) and count as wrong; "
+        "the first: the agent raised KeyError('x') on prompt 1",
+        "1 of 4 answers of evaluation 3 failed (reward) and count as wrong; "
+        "the first: agent agent returned nan on prompt 2; expected a finite number",
+    ]
+    run_evaluation(graded({prompt.id: [0.0] for prompt in PROMPTS}), told=told)
+    assert len(told) == 2
+
+
+def test_when_every_rollout_fails_the_first_failure_is_raised() -> None:
+    with pytest.raises(AgentError, match=r"the agent raised KeyError\('x'\) on prompt 0"):
+        run_evaluation(graded({prompt.id: [KeyError("x")] for prompt in PROMPTS}))
+
+
+def test_an_answer_has_a_time_limit_and_may_be_cancelled_from_within() -> None:
+    """One answers, one waits for ever, one lets a stray cancellation escape: the evaluation ends."""
+
+    async def agent(prompt: Prompt, chat: Chat) -> float:
+        await chat.respond(prompt.text)
+        if prompt.id == "1":
+            await asyncio.Event().wait()
+        if prompt.id == "2":
+            raise asyncio.CancelledError
+        return 1.0
+
+    told: list[str] = []
+    result = run_evaluation(agent, told=told)
+    assert (result.accuracy, result.num_failed) == (0.5, 2)
+    assert [text.partition(")")[0] for text in told] == [
+        "1 of 4 answers of evaluation 3 failed (timeout",
+        "1 of 4 answers of evaluation 3 failed (agent",
+    ]
+
+
+def test_an_engine_that_never_answers_ends_the_evaluation_with_the_time_limit() -> None:
+    with pytest.raises(RolloutTimeout, match=r"prompt 0 took over rollout.time_limit_s = 60 seconds"):
+        run_evaluation(graded({}), SilentEngine())
 
 
 def test_a_lost_engine_is_no_wrong_answer() -> None:
