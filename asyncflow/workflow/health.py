@@ -1,8 +1,8 @@
 """Health: a run says itself that it is collapsing, and which setting to change.
 
-The thresholds come from runs of the quickstart that collapsed (`LOG.md`): in them the
-reward fell by more than a third from its best, with entropy near zero or importance ratios
-far from 1, within a few steps.
+The thresholds are chosen, not measured: a collapse is taken to be a reward a third below its
+best, an entropy of hardly anything, or importance ratios far from 1. They should be late
+rather than wrong, since a message is read by a person who may stop the run.
 """
 
 from __future__ import annotations

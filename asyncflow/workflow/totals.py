@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from asyncflow.core.columns import LOSS_MASK, REWARD, VERSIONS
-from asyncflow.core.types import MicroBatch, Ticket
+from asyncflow.core.types import MicroBatch
 from asyncflow.workflow.staleness import check_staleness
 
 
@@ -28,7 +28,6 @@ class StepTotals:
     staleness_sum: int = 0
     staleness_max: int = 0
     rewards: list[float] = field(default_factory=list)
-    tickets: set[Ticket] = field(default_factory=set)
 
     def add(self, batch: MicroBatch, denominator: float) -> None:
         """Count a micro-batch. Raises `StalenessError` if it breaks the bound."""
@@ -37,7 +36,6 @@ class StepTotals:
         self.num_tokens += batch.num_tokens
         self.num_samples += len(batch.rows)
         self.num_sampled += int(np.count_nonzero(batch[LOSS_MASK]))
-        self.tickets.update(row.ticket for row in batch.rows)
         if VERSIONS in batch.columns:
             staleness = check_staleness(batch, self.step, self.bound)
             self.staleness_sum += int(staleness.sum())
