@@ -12,9 +12,12 @@ the state is consistent and no lock is needed.
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from asyncflow.core.columns import TOKEN_IDS
 from asyncflow.core.errors import LedgerError
@@ -39,6 +42,7 @@ class _ParkedTake:
 
     lease: Lease
     max_groups: int
+    max_tokens: int | None
     answer: asyncio.Future[list[Ticket]]
 
 
@@ -121,15 +125,28 @@ class TransferQueue:
         A group may be spread over several micro-batches. Waits for groups that are not there yet. Of a
         group that is dropped in the meantime, the rows not handed out yet are passed over.
         """
-        needs = self._ledger.tasks[lease.task].needs
         while groups:
             rows = await self._take_rows(lease, groups)
             groups -= len({row.ticket for row in rows})
-            for chosen in pack(self._store.lengths(rows, TOKEN_IDS), max_tokens):
-                # The consumer was away since the take, and a stage may have dropped a group and freed its rows.
-                held = [rows[index] for index in chosen if self._ledger.is_pending(rows[index].ticket)]
-                if held:
-                    yield self._store.get(held, needs)
+            for batch in self._micro_batches(lease, rows, max_tokens):
+                yield batch
+
+    async def stream_ready(self, lease: Lease, *, max_tokens: int) -> AsyncIterator[MicroBatch]:
+        """The oldest complete groups, as many as have `max_tokens` tokens together, in micro-batches of so many.
+
+        Waits for one group and no more; one that is longer comes alone, in several micro-batches.
+        Groups dropped in the meantime are passed over.
+        """
+        for batch in self._micro_batches(lease, await self._take_rows(lease, max_tokens=max_tokens), max_tokens):
+            yield batch
+
+    def _micro_batches(self, lease: Lease, rows: Sequence[RowId], max_tokens: int) -> Iterator[MicroBatch]:
+        needs = self._ledger.tasks[lease.task].needs
+        for chosen in pack(self._store.lengths(rows, TOKEN_IDS), max_tokens):
+            # The consumer was away since the take, and a stage may have dropped a group and freed its rows.
+            held = [rows[index] for index in chosen if self._ledger.is_pending(rows[index].ticket)]
+            if held:
+                yield self._store.get(held, needs)
 
     def write(self, batch: MicroBatch, column: str, values: Ragged) -> None:
         """Add a column to the rows of a batch, in the batch's order."""
@@ -179,16 +196,19 @@ class TransferQueue:
 
     # -- waiting -----------------------------------------------------------------------------
 
-    async def _take_rows(self, lease: Lease, max_groups: int) -> list[RowId]:
+    async def _take_rows(
+        self, lease: Lease, max_groups: int = sys.maxsize, max_tokens: int | None = None
+    ) -> list[RowId]:
         """Rows of at least one group. A group dropped between the grant and our waking is passed over."""
         rows: list[RowId] = []
         while not rows:
-            granted = await self._grant(lease, max_groups)
+            granted = await self._grant(lease, max_groups, max_tokens)
             rows = [row for ticket in granted if self._ledger.is_pending(ticket) for row in self._store.rows_of(ticket)]
         return rows
 
-    async def _grant(self, lease: Lease, max_groups: int) -> list[Ticket]:
-        parked = _ParkedTake(lease=lease, max_groups=max_groups, answer=asyncio.get_running_loop().create_future())
+    async def _grant(self, lease: Lease, max_groups: int, max_tokens: int | None) -> list[Ticket]:
+        answer: asyncio.Future[list[Ticket]] = asyncio.get_running_loop().create_future()
+        parked = _ParkedTake(lease=lease, max_groups=max_groups, max_tokens=max_tokens, answer=answer)
         self._parked_takes.append(parked)
         self._settle()
         try:
@@ -216,7 +236,14 @@ class TransferQueue:
         tickets = self._ledger.takeable(parked.lease.task, parked.max_groups)
         if not tickets:
             return False
+        if parked.max_tokens is not None:
+            tickets = self._fitting(tickets, parked.max_tokens)
         self._ledger.lease(parked.lease.task, tickets)
         parked.lease.tickets.extend(tickets)
         parked.answer.set_result(tickets)
         return True
+
+    def _fitting(self, tickets: Sequence[Ticket], max_tokens: int) -> list[Ticket]:
+        """As many of the groups as have so many tokens together; the first in any case."""
+        sizes = [int(self._store.lengths(self._store.rows_of(ticket), TOKEN_IDS).sum()) for ticket in tickets]
+        return list(tickets[: max(1, int(np.searchsorted(np.cumsum(sizes), max_tokens, side="right")))])

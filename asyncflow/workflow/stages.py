@@ -64,10 +64,10 @@ def check_signal(dropped_in_a_row: int, reward: float) -> None:
 
 
 async def reference_stage(queue: TransferQueue, reference: TrainEngine[TensorT], *, max_tokens: int) -> None:
-    """Write `ref_logprobs` for every group, for ever."""
+    """Write `ref_logprobs` for every group, for ever: of as many at once as are ready and fill a micro-batch."""
     lease = queue.lease(REFERENCE)
     while True:
-        async for batch in queue.stream(lease, groups=1, max_tokens=max_tokens):
+        async for batch in queue.stream_ready(lease, max_tokens=max_tokens):
             values = await reference.logprobs(batch)
             queue.write(batch, REF_LOGPROBS, Ragged(values=values, lengths=batch.lengths))
         queue.acknowledge(lease)

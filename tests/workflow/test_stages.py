@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -28,10 +29,14 @@ from tests.workflow.batches import group_columns
 WORLD = World(disk=MemoryDisk(), is_real=False)
 
 
+@dataclass(slots=True, kw_only=True)
 class Reference(ScriptedTrainer):
-    """Scores a token by its own number, and takes a second for each batch."""
+    """Scores a token by its own number, and takes a second for each batch; keeps whose rows they were."""
+
+    batches: list[set[Ticket]] = field(default_factory=list)
 
     async def logprobs(self, batch: MicroBatch) -> FloatArray:
+        self.batches.append({row.ticket for row in batch.rows})
         await asyncio.sleep(1)
         scores: FloatArray = -batch[TOKEN_IDS].astype(np.float32)
         return scores
@@ -118,6 +123,23 @@ def test_reference_logprobs_land_on_their_rows_whatever_the_micro_batches() -> N
 
     reference = Reference(world=WORLD, script=Script())
     run_virtually(beside([partial(reference_stage, queue, reference, max_tokens=8)], work()))
+
+
+def test_the_reference_scores_several_small_groups_at_once_and_none_waits_for_others() -> None:
+    """Three groups of 6 tokens are ready, then one of 20, then one of 6; micro-batches hold 13 tokens."""
+    queue = make_queue(REF_LOGPROBS)
+    reference = Reference(world=WORLD, script=Script())
+    small, large = group_columns([0.0, 1.0], [3, 3]), group_columns([0.0, 1.0], [12, 8])
+
+    async def work() -> None:
+        await put(queue, small, small, small, large, small)
+        lease = queue.lease("train")
+        async for _ in queue.stream(lease, groups=5, max_tokens=99):
+            pass
+        queue.acknowledge(lease)
+
+    run_virtually(beside([partial(reference_stage, queue, reference, max_tokens=13)], work()))
+    assert reference.batches == [{0, 1}, {2}, {3}, {3}, {4}]
 
 
 @pytest.mark.parametrize("seed", range(20))
