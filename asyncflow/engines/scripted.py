@@ -39,13 +39,14 @@ END_TOKEN = 0
 class Script:
     """How long things take, in seconds, and how often they fail. Every draw derives from a seed.
 
-    `completion_s` and `num_tokens` are drawn for each completion, `accumulate_s` for each
-    micro-batch (given its tokens), `apply_s` for each step, `load_s` for each weight load.
+    `completion_s` and `num_tokens` are drawn for each completion, `accumulate_s` and `logprobs_s`
+    for each micro-batch (given its tokens), `apply_s` for each step, `load_s` for each weight load.
     """
 
     completion_s: Callable[[np.random.Generator], float] = lambda rng: 1.0
     num_tokens: Callable[[np.random.Generator], int] = lambda rng: int(rng.integers(1, 9))
     accumulate_s: Callable[[np.random.Generator, int], float] = lambda rng, tokens: 0.01 * tokens
+    logprobs_s: Callable[[np.random.Generator, int], float] = lambda rng, tokens: 0.003 * tokens
     apply_s: Callable[[np.random.Generator], float] = lambda rng: 0.1
     load_s: Callable[[np.random.Generator], float] = lambda rng: 0.1
     failure_rate: float = 0.0
@@ -160,7 +161,9 @@ class ScriptedTrainer:
         self.observer.span("train", name, start_s, self.world.now_s())
 
     async def logprobs(self, batch: MicroBatch) -> FloatArray:
-        """A constant."""
+        """A constant, after the drawn time."""
+        rng = self.world.rng("logprobs", batch.rows[0].ticket, batch.rows[0].index)
+        await asyncio.sleep(self.script.logprobs_s(rng, batch.num_tokens))
         return np.full(batch.num_tokens, -1.0, np.float32)
 
     async def export_weights(self) -> WeightsRef:

@@ -154,3 +154,33 @@ def test_a_fingerprint_depends_on_names_dtypes_shapes_and_bits() -> None:
     assert len({fingerprint(variant) for variant in variants}) == len(variants)
     two: dict[str, tuple[str, Array]] = {"a": ("bfloat16", bits), "b": ("bfloat16", bits)}
     assert fingerprint(two) == fingerprint(dict(reversed(two.items())))
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 80])
+def test_a_fingerprint_does_not_depend_on_threads_but_on_every_byte(
+    length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of 16 bytes, so that few bytes make many; the order of equal-sized blocks counts too."""
+    monkeypatch.setattr("asyncflow.engines.channel.BLOCK_BYTES", 16)
+    bits = np.arange(length, dtype=np.uint16)
+    variants: list[Array] = [bits]
+    for place in range(len(bits)):
+        changed = bits.copy()
+        changed[place] += 1000
+        variants.append(changed)
+    if length > 8:
+        variants.append(np.roll(bits, 8))
+    found = [fingerprint({"a": ("bfloat16", one)}) for one in variants]
+    assert len(set(found)) == len(variants)
+    assert found == [fingerprint({"a": ("bfloat16", one)}, threads=3) for one in variants]
+    assert all(len(one) == 32 for one in found)
+
+
+def test_weights_written_under_other_names_are_refused(writer: MemoryChannel) -> None:
+    for tensors, message in [
+        ({name: bits for name, bits in weights(1).items() if name != "norm"}, "without some .* example norm"),
+        (weights(1) | {"more": np.zeros(1)}, "does not have: more"),
+        (weights(1) | {"norm": np.zeros(7, np.float32)}, "norm came as float32"),
+    ]:
+        with pytest.raises(WeightSyncError, match=message):
+            writer.write(tensors, 1, "")

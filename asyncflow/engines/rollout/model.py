@@ -106,8 +106,8 @@ class Weights:
         return self.fingerprint()
 
     def fingerprint(self) -> str:
-        """A hash of what the parameters hold now."""
-        return fingerprint(dict(self._as_bits()))
+        """A hash of what the parameters hold now: of their memory itself on a CPU, of a copy on the host on a GPU."""
+        return fingerprint(dict(self._as_bits()), threads=torch.get_num_threads())
 
     def _as_bits(self) -> Iterator[tuple[str, tuple[str, Array]]]:
         for name, parameter in self._parameters.items():

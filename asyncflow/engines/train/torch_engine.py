@@ -145,8 +145,12 @@ class TorchTrainEngine:
         return await self._busy("logprobs", lambda: self._scorer.logprobs(batch))
 
     async def export_weights(self) -> WeightsRef:
-        """Write the current weights into the channel, in the rollout engine's dtype."""
-        return await self._exports.run(self._export)
+        """Write the current weights into the channel, in the rollout engine's dtype.
+
+        Holds up an optimizer step only while they are copied, not while they are hashed.
+        """
+        threads = self._num_threads() or torch.get_num_threads()
+        return await self._exports.run(partial(self._export, threads))
 
     async def save(self, folder: Path) -> None:
         """Write model, tokenizer, optimizer state and version into `folder`, which exists.
@@ -235,7 +239,8 @@ class TorchTrainEngine:
 
     # -- in the export thread -----------------------------------------------------------------
 
-    def _export(self) -> WeightsRef:
+    def _export(self, threads: int) -> WeightsRef:
         with self._weights_lock:
-            bits = {name: to_bits(parameter, self._export_dtype) for name, parameter in self._parameters.items()}
-            return self.channel.write(bits, self._version.step, self._version.lineage)
+            bits = ((name, to_bits(parameter, self._export_dtype)) for name, parameter in self._parameters.items())
+            slot, lineage = self.channel.fill(bits, self._version.step), self._version.lineage
+        return self.channel.attest(slot, lineage, threads=threads)

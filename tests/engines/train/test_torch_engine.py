@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,10 @@ from asyncflow.core.config import TrainConfig, WarmupConfig
 from asyncflow.core.errors import ConfigError, NonFiniteError, RunFolderError
 from asyncflow.core.ports import LossInputs, LossOutput
 from asyncflow.core.types import FloatArray, MicroBatch, PolicyVersion, Ragged
+from asyncflow.engines import channel
+from asyncflow.engines.channel import Array
 from asyncflow.engines.models import build_text_model
+from asyncflow.engines.train.export import to_bits
 from asyncflow.engines.train.optimizer import Phase
 from asyncflow.engines.train.torch_engine import TorchTrainEngine
 from tests.contracts.train_engine import SUITE, Check, Subject
@@ -227,6 +231,33 @@ async def test_exports_are_the_weights_in_the_rollouts_dtype(tmp_path: Path, dty
                 received = received.view(torch.bfloat16)
             assert torch.equal(received, parameter.to(getattr(torch, dtype))), name
         del bits
+
+
+async def test_an_optimizer_step_does_not_wait_for_the_hash_of_an_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hashing takes long for large models; the step changes the weights that are being hashed."""
+    hashing, go_on = threading.Event(), threading.Event()
+
+    def slow_fingerprint(tensors: Mapping[str, tuple[str, Array]], *, threads: int) -> str:
+        hashing.set()
+        assert go_on.wait(10)
+        return channel.fingerprint(tensors, threads=threads)
+
+    async with open_engine(build_tiny_model(tmp_path), lineage="run") as engine, asyncio.TaskGroup() as tasks:
+        before = {name: ("float32", to_bits(one, "float32").copy()) for name, one in engine._parameters.items()}
+        await engine.accumulate(make_batch([4]), make_loss())
+        with monkeypatch.context() as patch:
+            patch.setattr("asyncflow.engines.channel.fingerprint", slow_fingerprint)
+            export = tasks.create_task(engine.export_weights(), name="export")
+            await asyncio.to_thread(hashing.wait, 10)
+        async with asyncio.timeout(5):
+            report = await engine.apply(10.0)
+        go_on.set()
+        assert report.version.step == 1
+        assert (await export).version == PolicyVersion(
+            step=0, lineage="run", fingerprint=channel.fingerprint(before, threads=2)
+        )
 
 
 async def test_a_tied_parameter_is_exported_and_trained_once(tmp_path: Path) -> None:
