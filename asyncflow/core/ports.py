@@ -125,6 +125,18 @@ class Loss(Protocol[TensorT]):
         ...
 
 
+class Scorer(Protocol):
+    """A policy that is asked for log-probabilities only. Every `TrainEngine` is one."""
+
+    async def logprobs(self, batch: MicroBatch) -> FloatArray:
+        """Log-probability of every token given those before it in its sample, `[T]`; 0 for the first."""
+        ...
+
+    async def aclose(self) -> None:
+        """Release everything. May be called twice."""
+        ...
+
+
 class TrainEngine(Protocol[TensorT]):
     """Owns the weights that are trained."""
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from asyncflow.core.errors import RunFolderError
 from asyncflow.core.types import PolicyVersion
-from asyncflow.core.world import RealDisk, sync_folder
+from asyncflow.core.world import Disk, sync_folder
 from asyncflow.engines.models import progress_bars_hidden
 from asyncflow.engines.train.optimizer import Phase
 
@@ -41,13 +41,16 @@ class TrainerState:
 
 
 def write_checkpoint(
-    folder: Path, model: PreTrainedModel, optimizer_state: Mapping[str, Tensor], state: TrainerState
+    folder: Path, model: PreTrainedModel, optimizer_state: Mapping[str, Tensor], state: TrainerState, disk: Disk
 ) -> None:
-    """Write all but the tokenizer, and flush every file of the folder to the disk."""
+    """Write all but the tokenizer, and flush every file of the folder to the disk.
+
+    Tensors are written by their own libraries, which know no `disk`.
+    """
     with progress_bars_hidden():
         model.save_pretrained(folder)
     save_file({name: tensor.contiguous() for name, tensor in optimizer_state.items()}, folder / OPTIMIZER)
-    RealDisk().write(folder / TRAINER, msgspec.json.encode(state))
+    disk.write(folder / TRAINER, msgspec.json.encode(state))
     for path in sorted(folder.iterdir()):
         sync_folder(path)
 

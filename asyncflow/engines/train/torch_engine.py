@@ -11,14 +11,12 @@ processes on the same cores cost a factor of 30.
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +25,7 @@ from asyncflow.core.config import TrainConfig
 from asyncflow.core.metrics import NullObserver, Observer
 from asyncflow.core.ports import Loss
 from asyncflow.core.types import FloatArray, MicroBatch, PolicyVersion, StepReport, WeightsRef
+from asyncflow.core.world import Disk, RealDisk
 from asyncflow.engines.channel import MemoryChannel
 from asyncflow.engines.train.checkpoint import TrainerState, read_state, read_weights, write_checkpoint
 from asyncflow.engines.train.compute_thread import ComputeThread
@@ -35,8 +34,7 @@ from asyncflow.engines.train.optimizer import Optimizer, Phase
 from asyncflow.engines.train.scoring import Scorer
 from asyncflow.engines.train.source import LoadedModel, load_model
 from asyncflow.engines.train.step_sums import StepSums
-
-ResultT = TypeVar("ResultT")
+from asyncflow.engines.train.timed_calls import TimedCalls
 
 
 class TorchTrainEngine:
@@ -58,8 +56,9 @@ class TorchTrainEngine:
         lineage: str,
         observer: Observer,
         num_threads: Callable[[], int],
+        disk: Disk,
     ) -> None:
-        self._observer = observer
+        self._disk = disk
         self._num_threads = num_threads
         self._loaded = loaded
         self._half = half
@@ -69,6 +68,7 @@ class TorchTrainEngine:
         self._export_dtype = export_dtype
         self.channel = MemoryChannel.create(channel_shapes(self._parameters, export_dtype))
         self._compute = ComputeThread("asyncflow-train")
+        self._calls = TimedCalls(self._compute, "train", observer, num_threads)
         self._exports = ComputeThread("asyncflow-export")
         self._weights_lock = threading.Lock()  # the export thread reads parameters, the compute thread steps them
         self._is_open = True
@@ -84,6 +84,7 @@ class TorchTrainEngine:
         lineage: str = "",
         observer: Observer | None = None,
         num_threads: Callable[[], int] | None = None,
+        disk: Disk | None = None,
     ) -> TorchTrainEngine:
         """Load a model folder or hub name. `export_dtype` is the rollout engine's. Raises `ConfigError`.
 
@@ -104,6 +105,7 @@ class TorchTrainEngine:
             lineage=lineage,
             observer=observer or NullObserver(),
             num_threads=num_threads or (lambda: config.threads),
+            disk=disk or RealDisk(),
         )
 
     @property
@@ -131,18 +133,18 @@ class TorchTrainEngine:
         A call that is cancelled still adds it, before the cancellation is raised. Raises
         `NonFiniteError`, with no gradient added, when the loss is not a number.
         """
-        await self._busy("accumulate", partial(self._accumulate, batch, loss))
+        await self._calls.run("accumulate", partial(self._accumulate, batch, loss))
 
     async def apply(self, denominator: float) -> StepReport:
         """Divide the gradient by `denominator`, take one optimizer step; the version grows by 1.
 
         Raises `NonFiniteError`, with the weights untouched, when the gradient is not a number.
         """
-        return await self._busy("apply", partial(self._apply, denominator))
+        return await self._calls.run("apply", partial(self._apply, denominator))
 
     async def logprobs(self, batch: MicroBatch) -> FloatArray:
         """Log-probability of every token given those before it in its sample, `[T]`; 0 for the first."""
-        return await self._busy("logprobs", lambda: self._scorer.logprobs(batch))
+        return await self._calls.run("logprobs", lambda: self._scorer.logprobs(batch))
 
     async def export_weights(self) -> WeightsRef:
         """Write the current weights into the channel, in the rollout engine's dtype.
@@ -175,23 +177,6 @@ class TorchTrainEngine:
                     releases.callback(release)
                 for thread in (self._compute, self._exports):
                     await thread.run(lambda: None)
-
-    async def _busy(self, name: str, call: Callable[[], ResultT]) -> ResultT:
-        """Run a call in the compute thread, on the threads that are ours now, and report when it was busy."""
-        clock = asyncio.get_running_loop().time
-        num_threads = self._num_threads()
-        start_s = clock()
-
-        def compute() -> ResultT:
-            # The number belongs to the compute thread: OpenMP keeps one for each thread that asks.
-            if num_threads and num_threads != torch.get_num_threads():
-                torch.set_num_threads(num_threads)
-            return call()
-
-        try:
-            return await self._compute.run(compute)
-        finally:
-            self._observer.span("train", name, start_s, clock())
 
     # -- in the compute thread ----------------------------------------------------------------
 
@@ -226,7 +211,7 @@ class TorchTrainEngine:
     def _save(self, folder: Path) -> None:
         self._loaded.save_tokenizer(folder)
         state = TrainerState(version=self._version, phase=self._optimizer.phase, phase_steps=self._optimizer.steps)
-        write_checkpoint(folder, self._loaded.model, self._optimizer.state(), state)
+        write_checkpoint(folder, self._loaded.model, self._optimizer.state(), state, self._disk)
 
     def _load(self, folder: Path) -> None:
         state, optimizer_state = read_state(folder)
