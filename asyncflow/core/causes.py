@@ -7,6 +7,8 @@ import re
 
 from asyncflow.core.errors import RolloutError
 
+NO_SPACE = "no space is left on the disk: free some"
+
 
 def first_cause(error: BaseException) -> BaseException:
     """The first error inside (nested) exception groups; the error itself where there is no group.
@@ -34,7 +36,7 @@ def disk_reason(error: Exception) -> str:
     foreign = re.search(r"([^:]*) \(os error (\d+)\)", str(error))
     number = error.errno if isinstance(error, OSError) else int(foreign[2]) if foreign else None
     if number in {errno.ENOSPC, errno.EDQUOT}:
-        return "no space is left on the disk: free some"
+        return NO_SPACE
     if isinstance(error, OSError):
         return str(error) or type(error).__name__
     return foreign[1].strip() if foreign else ""

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 _ESCAPE = re.compile("\x1b\\[[0-?]*[ -/]*[@-~]")
-_ASCII = str.maketrans({"→": "->", "·": "-", "━": "=", "╸": ">", "─": "-", "≤": "<=", "…": "...", "×": "x"})
+_ASCII = str.maketrans({"→": "->", "·": "-", "━": "=", "╸": ">", "─": "-", "–": "-", "≤": "<=", "…": "...", "×": "x"})
 
 
 def harmless(text: str) -> str:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from asyncflow.algo.algorithms import make_warmup_loss
 from asyncflow.core.config import RunConfig
-from asyncflow.core.errors import ConfigError
+from asyncflow.core.errors import ConfigError, RunFolderError
 from asyncflow.core.settings import resolve
 from asyncflow.core.world import World
 from asyncflow.engines.cores import Cores
-from asyncflow.engines.models import check_weights, load_tokenizer
+from asyncflow.engines.devices import pick_device
 from asyncflow.engines.renderer import TokenizerRenderer
 from asyncflow.engines.rollout.client import start_rollout_engine
 from asyncflow.engines.train.torch_engine import TorchTrainEngine
@@ -24,19 +25,30 @@ from asyncflow.observe.progress import Progress
 from asyncflow.observe.progress_state import RunPlan
 from asyncflow.observe.records import read_metrics
 from asyncflow.observe.run_folder import RunFolder, read_config
-from asyncflow.recipes.recipe import Recipe, Task, check_task, load_recipe
+from asyncflow.recipes.checks import (
+    REFERENCE,
+    check_devices,
+    check_reference,
+    check_steps,
+    checked_task,
+    fit,
+    full_disk_said,
+    make_model,
+    same_task,
+)
+from asyncflow.recipes.inputs import prompts_fingerprint, with_absolute_paths
+from asyncflow.recipes.recipe import Recipe, Task, load_recipe
 from asyncflow.recipes.session import Session, open_session, reinforcement_phase
 from asyncflow.workflow.checkpoint import EMPTY_LEDGER, newest_checkpoint, read_ledger
-from asyncflow.workflow.checkpoint_folder import checkpoint_step
+from asyncflow.workflow.checkpoint_folder import checkpoint_step, has_checkpoints, set_aside_newer
 from asyncflow.workflow.evaluation import evaluate as answer_all
 from asyncflow.workflow.reinforce import evaluation_parts, make_gate, reinforce, rollout_parts
 from asyncflow.workflow.warmup import tokenize, warm_up
 
+ResultT = TypeVar("ResultT")
+
 FIXED = ("recipe", "model", "data", "seed", "groups_per_step", "group_size")
 """Settings that a resumed run can't change: the ledger's tickets mean what they say."""
-
-REFERENCE = "reference"
-"""The folder of a run that holds the policy from which KL is measured."""
 
 MODEL = "model"
 """The folder of a run that holds the model its recipe built."""
@@ -56,63 +68,95 @@ class RunSummary:
     elapsed_s: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """From where a run sets out: a model, or a checkpoint; and what the user should know about it."""
+
+    source: str
+    checkpoint: Path | None = None
+    warnings: Sequence[str] = ()
+
+
 def run(recipe: Recipe, config: RunConfig, runs_dir: Path, progress: Progress) -> RunSummary:
     """Run a recipe in a new run folder. Raises `ConfigError` before anything starts."""
+    config = with_absolute_paths(config, recipe)
+    check_devices(config)
     world = World(seed=config.seed)
     task = checked_task(recipe, config)
     runs_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=runs_dir) as scratch:
-        source = make_model(task, Path(scratch) / MODEL)
-        with RunFolder.create(config, root=runs_dir, world=world) as folder:
-            if source == str(Path(scratch) / MODEL):
-                source = shutil.move(source, str(folder.path / MODEL))
-            return asyncio.run(_run(folder, task, world, progress, source=str(source), is_new=True))
+        made = Path(scratch) / MODEL
+        source = make_model(task, made)
+        warnings = fit(task, source, config)
+        prompts = prompts_fingerprint(task)
+        with RunFolder.create(config, root=runs_dir, world=world, prompts=prompts) as folder:
+            if folder.moved_aside:
+                warnings.append(f"an earlier {folder.name} came to no checkpoint; it is now {folder.moved_aside.name}")
+            start = Start(source=_keep_model(source, made, folder.path), warnings=warnings)
+            return asyncio.run(_run(folder, task, world, progress, start))
 
 
 def resume(folder: Path, words: Sequence[str], progress: Progress) -> RunSummary:
-    """Go on from a run's newest checkpoint, with changed settings where `words` give any."""
-    before = read_config(folder)
-    config = resolve(before, words=words)
+    """Go on from a run's newest checkpoint, or from the beginning; `words` may change settings."""
+    recipe = load_recipe(read_config(folder).recipe)
+    before = with_absolute_paths(read_config(folder), recipe)
+    config = with_absolute_paths(resolve(before, words=words), recipe)
     changed = [name for name in FIXED if getattr(before, name) != getattr(config, name)]
     if changed:
         raise ConfigError(*(f"{name} can't change in a resumed run; start a new one" for name in changed))
+    check_devices(config)
     world = World(seed=config.seed)
-    task = checked_task(load_recipe(config.recipe), config)
-    source = str(newest_checkpoint(folder))
-    _check_reference(folder, Path(source), config)
+    task = same_task(recipe, config, folder)
+    if not has_checkpoints(folder / "checkpoints"):
+        return _begin_again(folder, config, task, world, progress)
+    checkpoint = newest_checkpoint(folder)
+    check_steps(checkpoint, config)
+    check_reference(folder, checkpoint, config)
+    warnings = fit(task, str(checkpoint), config)
     with RunFolder.reopen(folder, world=world, config=config) as reopened:
-        return asyncio.run(_run(reopened, task, world, progress, source=source, is_new=False))
+        warnings += [
+            f"{told}. The run goes on from {checkpoint.name}"
+            for told in set_aside_newer(reopened.checkpoints, checkpoint)
+        ]
+        start = Start(source=str(checkpoint), checkpoint=checkpoint, warnings=warnings)
+        return asyncio.run(_run(reopened, task, world, progress, start))
 
 
-def checked_task(recipe: Recipe, config: RunConfig) -> Task:
-    """The recipe's task. Raises `ConfigError` when it can't be trained."""
-    task = recipe.task(config)
-    check_task(task, config)
-    return task
+def _begin_again(folder: Path, config: RunConfig, task: Task, world: World, progress: Progress) -> RunSummary:
+    """Run from the beginning in the folder of a run that came to no checkpoint."""
+    with (
+        RunFolder.reopen(folder, world=world, config=config) as reopened,
+        tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as scratch,
+    ):
+        made = Path(scratch) / MODEL
+        source = make_model(task, made)
+        warnings = [*fit(task, source, config), "there is no checkpoint yet: the run starts from the beginning"]
+        start = Start(source=_keep_model(source, made, folder), warnings=warnings)
+        return asyncio.run(_run(reopened, task, world, progress, start))
 
 
-def make_model(task: Task, folder: Path) -> str:
-    """Build or name the model, in an empty folder. Raises `ConfigError` when it is not one that can be used."""
-    folder.mkdir(parents=True)
-    source = task.model(folder)
-    load_tokenizer(source)
-    check_weights(source)
-    return source
+def _keep_model(source: str, made: Path, folder: Path) -> str:
+    """Move a model that the recipe built into the run folder; where the model is then."""
+    if source != str(made):
+        return source
+    home = folder / MODEL
+    shutil.rmtree(home, ignore_errors=True)
+    return str(shutil.move(source, home))
 
 
-async def _run(
-    folder: RunFolder, task: Task, world: World, progress: Progress, *, source: str, is_new: bool
-) -> RunSummary:
+async def _run(folder: RunFolder, task: Task, world: World, progress: Progress, start: Start) -> RunSummary:
     config = folder.config
     start_s = world.now_s()
     observer = RunObserver(folder.path, world, progress, is_resumed=folder.is_resumed)
     progress.open(_plan(config, folder.name))
+    for message in start.warnings:
+        observer.record("health", {"message": message})
     try:
         lineage = f"{folder.name}.{folder.state.num_starts}"
         async with open_session(
-            config, task, source=source, folder=folder.path, lineage=lineage, observer=observer, world=world
+            config, task, source=start.source, folder=folder.path, lineage=lineage, observer=observer, world=world
         ) as session:
-            await _train(session, folder.path, None if is_new else Path(source))
+            await _train(session, folder.path, start.checkpoint)
     finally:
         observer.flush()
         progress.close()
@@ -150,15 +194,6 @@ async def _train(session: Session, folder: Path, checkpoint: Path | None) -> Non
             await reference.aclose()
 
 
-def _check_reference(folder: Path, checkpoint: Path, config: RunConfig) -> None:
-    """Raise `ConfigError` where KL is asked for and the policy to measure it from was not kept."""
-    if config.algorithm.kl_coef > 0 and checkpoint_step(checkpoint) and not (folder / REFERENCE).exists():
-        raise ConfigError(
-            "algorithm.kl_coef can't be switched on in a resumed run: the policy before reinforcement learning, "
-            "from which KL is measured, was not kept. Start a new run"
-        )
-
-
 async def _reference(session: Session, folder: Path) -> TorchTrainEngine:
     """The policy before reinforcement learning, kept in the run folder for a resume."""
     home = folder / REFERENCE
@@ -166,7 +201,8 @@ async def _reference(session: Session, folder: Path) -> TorchTrainEngine:
         draft = home.with_suffix(".draft")  # renamed when whole: a crash must leave no half of a policy
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
-        await session.trainer.save(draft)
+        with full_disk_said("the reference policy"):
+            await session.trainer.save(draft)
         shutil.move(draft, home)
     config = session.config
     return await TorchTrainEngine.open(str(home), config.train, phase=reinforcement_phase(config))
@@ -175,36 +211,59 @@ async def _reference(session: Session, folder: Path) -> TorchTrainEngine:
 def evaluate(folder: Path, *, num_prompts: int, temperature: float, samples: int) -> dict[str, float]:
     """Answer held-out prompts with a run's newest checkpoint, `samples` times each."""
     config = read_config(folder)
-    task = checked_task(load_recipe(config.recipe), config)
-    world = World(seed=config.seed)
-    return asyncio.run(_evaluate(config, task, folder, num_prompts, temperature, samples, world))
+    pick_device(config.rollout.device, "rollout")
+    prompts = same_task(load_recipe(config.recipe), config, folder)
+
+    def answer(checkpoint: Path) -> dict[str, float]:
+        return asyncio.run(_evaluate(config, prompts, folder, checkpoint, num_prompts, temperature, samples))
+
+    return _of_newest(folder, answer)
 
 
 async def _evaluate(
-    config: RunConfig, task: Task, folder: Path, num_prompts: int, temperature: float, samples: int, world: World
+    config: RunConfig, task: Task, folder: Path, checkpoint: Path, num_prompts: int, temperature: float, samples: int
 ) -> dict[str, float]:
-    checkpoint = newest_checkpoint(folder)
+    world = World(seed=config.seed)
     async with start_rollout_engine(
         model=str(checkpoint), config=config.rollout, world=world, channel=None, log=folder / "logs" / "eval.log"
     ) as engine:
         parts = rollout_parts(config, engine, TokenizerRenderer(str(checkpoint)), task.agent, world)
         parts = evaluation_parts(parts, temperature)
         result = await answer_all(task.held_out[:num_prompts], parts, name="eval", samples=samples)
-    return {"step": float(checkpoint.name.rpartition("-")[2]), **asdict(result)}
+    return {"step": float(checkpoint_step(checkpoint) or 0), **asdict(result)}
 
 
 def export(folder: Path, target: Path) -> None:
     """Copy a run's newest checkpoint as a model folder for `from_pretrained`, without the trainer's state."""
-    shutil.copytree(
-        newest_checkpoint(folder), target, ignore=shutil.ignore_patterns(*TRAINING_FILES), dirs_exist_ok=True
-    )
+
+    def copy(checkpoint: Path) -> None:
+        shutil.rmtree(target, ignore_errors=True)
+        with full_disk_said(str(target)):
+            shutil.copytree(checkpoint, target, ignore=shutil.ignore_patterns(*TRAINING_FILES))
+
+    if target.exists() and any(target.iterdir()):
+        raise RunFolderError(f"{target} is not empty: give a new folder")
+    _of_newest(folder, copy)
+
+
+def _of_newest(folder: Path, use: Callable[[Path], ResultT]) -> ResultT:
+    """Use the newest checkpoint; when a live run removes it meanwhile, the next newest."""
+    while True:
+        checkpoint = newest_checkpoint(folder)
+        try:
+            return use(checkpoint)
+        except Exception:
+            if checkpoint.is_dir():
+                raise
 
 
 def dry_run(recipe: Recipe, config: RunConfig) -> list[tuple[str, str]]:
     """Check everything a run needs, its model too, and say what it would do; nothing is started or kept."""
+    config = with_absolute_paths(config, recipe)
+    check_devices(config)
     task = checked_task(recipe, config)
     with tempfile.TemporaryDirectory(prefix="asyncflow-") as scratch:
-        make_model(task, Path(scratch) / MODEL)
+        warnings = fit(task, make_model(task, Path(scratch) / MODEL), config)
     samples = config.groups_per_step * config.group_size
     return [
         ("recipe", f"{recipe.name}: {recipe.summary}"),
@@ -214,24 +273,36 @@ def dry_run(recipe: Recipe, config: RunConfig) -> list[tuple[str, str]]:
         ("steps", f"{config.steps} of {config.groups_per_step} prompts x {config.group_size} rollouts"),
         ("tokens", f"at most {samples * config.sampling.max_tokens:,} sampled in a step"),
         *run_facts(config),
+        *(("warning", warning) for warning in warnings),
     ]
 
 
 def run_facts(config: RunConfig) -> list[tuple[str, str]]:
     """How a configuration would run on this machine."""
     cores = Cores.of(config)
+    least = config.train.threads or max(1, cores.total - cores.rollout_threads)
+    bound = make_gate(config).bound
     return [
-        ("staleness", f"at most {make_gate(config).bound}"),
-        ("rollout", f"{config.rollout.engine}, threads: {cores.rollout_threads}"),
-        ("training", f"{config.train.engine}, threads: {cores.for_training()}, less while rollout is busy"),
+        ("rollout", _place(config.rollout.device, "rollout", cores.rollout_threads, cores.rollout_threads)),
+        ("training", _place(config.train.device, "train", least, cores.for_training())),
+        ("staleness", f"≤ {bound}" if bound else "0"),
     ]
+
+
+def _place(device: str, role: str, least: int, most: int) -> str:
+    """Where a role computes: a GPU, or on how many threads."""
+    name = pick_device(device, role)
+    if name != "cpu":
+        return f"on {name}"
+    return f"{least} thread{'s' * (least > 1)}" if least == most else f"{least}–{most} threads"
 
 
 def _plan(config: RunConfig, name: str) -> RunPlan:
     return RunPlan(
         name=name,
         title=(f"seed {config.seed}",),
-        plan=tuple(f"{name} {fact}" for name, fact in run_facts(config)),
+        plan=(*(" ".join(fact) for fact in run_facts(config)), f"{config.steps} steps"),
         steps=config.steps,
         bound=make_gate(config).bound,
+        drops_equal=config.algorithm.drop_no_signal,
     )

@@ -177,7 +177,7 @@ def test_sigterm_does_what_ctrl_c_does(tmp_path: Path) -> None:
         interrupt(process, run, signal.SIGTERM)
 
 
-def test_a_run_interrupted_before_its_first_checkpoint_says_to_start_again(tmp_path: Path) -> None:
+def test_a_run_interrupted_before_its_first_checkpoint_is_resumed_from_the_beginning(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     words = ["warmup.steps=100000", "--name", "one"]
     with running(runs, "run", str(write_recipe(tmp_path)), *words) as process:
@@ -186,9 +186,9 @@ def test_a_run_interrupted_before_its_first_checkpoint_says_to_start_again(tmp_p
         _, err = process.communicate(timeout=LIMIT_S)
         assert process.returncode == 130, err
     assert read_state(runs / "one", RealDisk()).state == "interrupted"
-    assert "before the first checkpoint: there is nothing to continue, start it again" in err
-    with pytest.raises(RunFolderError, match="holds no checkpoint"):
-        runner.resume(runs / "one", [], quiet())
+    assert f"before the first checkpoint. Start it from the beginning: asyncflow resume {runs / 'one'}" in err
+    runner.resume(runs / "one", ["warmup.steps=1", "steps=1"], quiet())
+    assert newest_step(runs / "one") == 1
 
 
 def read_kinds(run: Path) -> set[str]:

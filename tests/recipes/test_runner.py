@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -31,19 +30,6 @@ from tests.recipes.copying import configure, quiet, run_recipe, write_recipe
 pytestmark = pytest.mark.slow
 
 GROUPS, SIBLINGS, STEPS = 4, 4, 3
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> runner.RunSummary:
-    """A run of 3 steps, which nobody may change."""
-    home = tmp_path_factory.mktemp("finished")
-    return run_recipe(write_recipe(home), home / "runs", "name=one")
-
-
-@pytest.fixture
-def copied(finished: runner.RunSummary, tmp_path: Path) -> Path:
-    """A copy of the finished run, to go on with."""
-    return Path(shutil.copytree(finished.folder, tmp_path / "runs" / "one"))
 
 
 def of_kind(metrics: list[Metric], kind: str) -> list[Metric]:
@@ -128,45 +114,6 @@ def test_greedy_answers_are_the_same_each_time(finished: runner.RunSummary) -> N
     assert numbers["accuracy"] == numbers["pass_at_k"]
 
 
-# ---- going on ------------------------------------------------------------------------------
-
-
-def test_a_resumed_run_trains_no_ticket_twice(copied: Path) -> None:
-    shutil.rmtree(copied / "checkpoints" / "step-000003")  # as if the run had died in its third step
-    before = read_ledger(newest_checkpoint(copied), World())
-    first_part = read_rollouts(copied)
-    summary = runner.resume(copied, ["steps=5", "train.learning_rate=1e-3"], quiet())
-    assert summary.steps == 5
-    after = read_ledger(newest_checkpoint(copied), World())
-    assert (before.trained, after.trained) == (2 * GROUPS, 5 * GROUPS)
-    assert after.admitted == after.trained + sum(after.dropped.values()) + len(after.pending)
-    second_part = {rollout.ticket for rollout in read_rollouts(copied)[len(first_part) :]}
-    trained_before = set(range(before.admitted)) - set(before.pending)
-    assert len(trained_before) == before.trained
-    assert second_part == set(range(after.admitted)) - trained_before
-    steps = [metric.values["step"] for metric in of_kind(read_metrics(copied), "step")]
-    assert steps == [1, 2, 3, 3, 4, 5]
-    assert len(of_kind(read_metrics(copied), "warmup")) == 4  # not again
-    state = read_state(copied, RealDisk())
-    assert (state.state, state.num_starts) == ("finished", 2)
-    assert read_config(copied).steps == 5
-    assert read_config(copied).train.learning_rate == 1e-3
-
-
-@pytest.mark.parametrize("word", ["seed=8", "group_size=8", "groups_per_step=2", "model=other", "data=other"])
-def test_a_resumed_run_keeps_what_its_tickets_mean(copied: Path, word: str) -> None:
-    before = {file: file.read_bytes() for file in copied.rglob("*") if file.is_file()}
-    with pytest.raises(ConfigError, match=f"{word.partition('=')[0]} can't change in a resumed run"):
-        runner.resume(copied, ["steps=5", word], quiet())
-    assert {file: file.read_bytes() for file in copied.rglob("*") if file.is_file()} == before
-
-
-def test_kl_can_not_be_measured_from_a_policy_that_was_not_kept(copied: Path) -> None:
-    with pytest.raises(ConfigError, match="kl_coef can't be switched on in a resumed run"):
-        runner.resume(copied, ["steps=5", "algorithm.kl_coef=0.1"], quiet())
-    assert read_state(copied, RealDisk()).num_starts == 1
-
-
 # ---- every algorithm -----------------------------------------------------------------------
 
 ALGORITHMS = [
@@ -217,7 +164,9 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(tmp_path: Path) -> Non
     facts = dict(runner.dry_run(*configure(file, "model=tiny")))
     assert facts["prompts"] == "80 to train on, 20 held out"
     assert facts["steps"] == "3 of 4 prompts x 4 rollouts"
-    assert facts["staleness"] == "at most 1"
+    assert facts["staleness"] == "≤ 1"
+    assert facts["training"] == "1 thread"
+    assert "warning" not in facts
     assert {path.name for path in tmp_path.iterdir()} <= {file.name, "__pycache__"}
 
 
@@ -289,6 +238,28 @@ def test_a_setting_that_can_not_be_is_refused_with_exit_code_2(
     assert main(["run", str(write_recipe(tmp_path)), word, "--runs-dir", str(runs)]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not runs.exists()
+
+
+@pytest.mark.parametrize("word", ["rollout.device=gpu", "train.device=cuda:99"])
+def test_a_device_that_is_not_there_is_refused_before_anything_starts(tmp_path: Path, word: str) -> None:
+    file = write_recipe(tmp_path)
+    for attempt in (
+        lambda: run_recipe(file, tmp_path / "runs", word),
+        lambda: runner.dry_run(*configure(file, word)),
+    ):
+        with pytest.raises(ConfigError, match=word.partition("=")[0]):
+            attempt()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_prompts_that_leave_no_room_are_refused_and_tight_ones_told(tmp_path: Path) -> None:
+    long = write_recipe(tmp_path, ('text=f"{i:02d}>"', 'text=f"{i:02d}>" * (11 if i == 70 else 1)'))
+    with pytest.raises(ConfigError, match=r"1 of 100 prompts leave no room .* of 32 tokens, such as '70' with 33"):
+        run_recipe(long, tmp_path / "runs")
+    assert list((tmp_path / "runs").iterdir()) == []
+    tight = write_recipe(tmp_path, ('text=f"{i:02d}>"', 'text=f"{i:02d}>" * (10 if i == 70 else 1)'))
+    facts = dict(runner.dry_run(*configure(tight)))
+    assert facts["warning"].startswith("1 of 100 prompts leave less than sampling.max_tokens=4 in the model's context")
 
 
 def test_a_run_folder_that_is_taken_is_left_alone(copied: Path, tmp_path: Path) -> None:
