@@ -187,8 +187,7 @@ def _check_nothing_to_keep(path: Path, world: World) -> None:
     """Raise `RunFolderError` where a run can be continued; under simulation, always."""
     if not world.is_real or has_checkpoints(path / "checkpoints"):
         raise RunFolderError(
-            f"{path} already holds a run. Continue it: asyncflow resume {path.name}; "
-            "or choose another name: --name NAME"
+            f"{path} already holds a run. Continue it: asyncflow resume {path}; or choose another name: --name NAME"
         )
 
 

@@ -52,7 +52,7 @@ async def save_checkpoint(
         if isinstance(error, Exception) and (reason := disk_reason(error)):
             raise RunFolderError(
                 f"the checkpoint of step {step} could not be written: {reason}. "
-                f"Repair that, then: asyncflow resume {checkpoints.parent.name}"
+                f"Once that is repaired: asyncflow resume {checkpoints.parent}"
             ) from error
         raise
     await world.run_blocking(lambda: prune(folder, keep))
@@ -71,7 +71,7 @@ def newest_checkpoint(run: Path) -> Path:
         raise RunFolderError(f"{checkpoints} holds no whole checkpoint: every one of them is damaged")
     raise RunFolderError(
         f"{run} holds no checkpoint: the run has not come to its first one. "
-        f"Start it from the beginning: asyncflow resume {run.name}"
+        f"Start it from the beginning: asyncflow resume {run}"
     )
 
 

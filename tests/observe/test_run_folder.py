@@ -74,7 +74,9 @@ def test_a_second_run_of_that_name_is_refused_with_what_to_do(tmp_path: Path) ->
     with create(tmp_path) as folder:
         begin_draft(folder.checkpoints, 2)
         publish(begin_draft(folder.checkpoints, 0), RealDisk())
-    with pytest.raises(RunFolderError, match=r"already holds a run\. Continue it: asyncflow resume one; or .* --name"):
+    with pytest.raises(
+        RunFolderError, match=r"already holds a run\. Continue it: asyncflow resume \S*/one; or .* --name"
+    ):
         create(tmp_path)
 
 

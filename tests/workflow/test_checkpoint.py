@@ -76,7 +76,7 @@ async def test_a_full_disk_is_said_in_one_sentence_and_leaves_no_draft(tmp_path:
             raise error
 
     older = await save(tmp_path / "blue-fox", 2)
-    said = r"the checkpoint of step 4 could not be written: no space .* free some.* asyncflow resume blue-fox$"
+    said = r"the checkpoint of step 4 could not be written: no space .* free some.* asyncflow resume \S*/blue-fox$"
     with pytest.raises(RunFolderError, match=said) as caught:
         await save_checkpoint(older.parent, Full(world=WORLD, script=Script(), step=4), 4, LEDGER, 2, WORLD)
     assert caught.value.__cause__ is error
@@ -93,7 +93,7 @@ async def test_going_back_from_a_damaged_checkpoint_never_costs_the_good_one(tmp
 
 
 def test_a_run_without_a_checkpoint_says_so(tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match=rf"holds no checkpoint.* asyncflow resume {tmp_path.name}$"):
+    with pytest.raises(RunFolderError, match=rf"holds no checkpoint.* asyncflow resume {tmp_path}$"):
         newest_checkpoint(tmp_path)
 
 
