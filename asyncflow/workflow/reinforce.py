@@ -15,6 +15,7 @@ from asyncflow.algo.algorithms import Algorithm
 from asyncflow.algo.samples import to_columns
 from asyncflow.core.columns import REWARD, TOKEN_IDS
 from asyncflow.core.config import RunConfig
+from asyncflow.core.errors import NoSignalError
 from asyncflow.core.ports import Renderer, RolloutEngine, TensorT, TrainEngine
 from asyncflow.core.types import PolicyVersion, Prompt, Ragged, SamplingParams, StepReport, Ticket
 from asyncflow.core.world import World
@@ -88,21 +89,31 @@ async def reinforce(config: RunConfig, setup: Setup[TensorT], snapshot: LedgerSn
         concurrent_groups=(1 + config.max_staleness) * config.groups_per_step,
         micro_batch_tokens=config.train.micro_batch_tokens,
     )
-    await run(
-        loop,
-        LoopParts(
-            queue=queue,
-            trainer=setup.trainer,
-            loss=setup.algorithm.loss,
-            roll_out=roll_out,
-            publish=publish,
-            after_publish=after_publish,
-            after_step=after_step,
-            failures=failures,
-            stages=make_stages(config, setup, queue),
-        ),
+    loop_parts = LoopParts(
+        queue=queue,
+        trainer=setup.trainer,
+        loss=setup.algorithm.loss,
+        roll_out=roll_out,
+        publish=publish,
+        after_publish=after_publish,
+        after_step=after_step,
+        failures=failures,
+        stages=make_stages(config, setup, queue),
     )
+    try:
+        await run(loop, loop_parts)
+    except NoSignalError:  # perhaps the task is learnt: keep what was learnt
+        await save_last(config, setup, queue)
+        raise
     return queue
+
+
+async def save_last(config: RunConfig, setup: Setup[TensorT], queue: TransferQueue) -> None:
+    """Keep a checkpoint of the last step made, unless it has one or was cut off before its groups were acknowledged."""
+    step = setup.trainer.version.step
+    is_whole = queue.counts().trained == step * config.groups_per_step
+    if step > 0 and is_whole and not is_saved(config, step):
+        await setup.save(step, queue.snapshot())
 
 
 def make_queue(config: RunConfig, setup: Setup[TensorT], snapshot: LedgerSnapshot | None) -> TransferQueue:
