@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from asyncflow.algo.advantages import grpo
 from asyncflow.algo.algorithms import Algorithm
-from asyncflow.core.columns import ADVANTAGE, LOGPROBS, LOSS_MASK, TOKEN_IDS, VERSIONS
+from asyncflow.core.columns import ADVANTAGE, LOGPROBS, LOSS_MASK, REF_LOGPROBS, TOKEN_IDS, VERSIONS
 from asyncflow.core.config import RunConfig
 from asyncflow.core.types import Group, Prompt
 from asyncflow.core.world import MemoryDisk, World
@@ -24,6 +24,7 @@ from asyncflow.workflow.reinforce import Setup, reinforce
 
 COLUMNS = (TOKEN_IDS, LOSS_MASK, LOGPROBS, VERSIONS, ADVANTAGE)
 NUM_PROMPTS = 1000
+NUM_HELD_OUT = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +78,9 @@ def simulate(
 ) -> Simulation:
     """Run `config` with engines that follow `script`; `seed` draws the order of simultaneous events.
 
-    With a `snapshot` of an earlier run, goes on where that one stopped. Raises whatever the
-    run raises, `DeadlockError` instead of hanging, and `TimeoutError` when it was interrupted.
+    Where `kl_coef` is above 0, a reference policy scores the samples. With a `snapshot` of an
+    earlier run, goes on where that one stopped. Raises whatever the run raises, `DeadlockError`
+    instead of hanging, and `TimeoutError` when it was interrupted.
     """
 
     async def main() -> Simulation:
@@ -101,6 +103,9 @@ async def _run(config: RunConfig, script: Script, agent: Agent, snapshot: Ledger
     trainer = ScriptedTrainer(world=world, script=script, observer=meter, step=first_step)
     prompts = [Prompt(id=str(i), text=f"prompt {i}") for i in range(NUM_PROMPTS)]
     saved: list[LedgerSnapshot] = []
+    has_reference = config.algorithm.kl_coef > 0
+    reference = ScriptedTrainer(world=world, script=script) if has_reference else None
+    columns = (*COLUMNS, REF_LOGPROBS) if has_reference else COLUMNS
 
     async def save(step: int, snapshot: LedgerSnapshot) -> None:
         saved.append(snapshot)
@@ -111,9 +116,10 @@ async def _run(config: RunConfig, script: Script, agent: Agent, snapshot: Ledger
         rollout=ScriptedRollout(world=world, script=script, slots=config.rollout.max_running, observer=meter),
         renderer=ScriptedRenderer(),
         agent=agent,
-        algorithm=Algorithm(columns=COLUMNS, loss=CountTokens(), advantages=grpo),
+        algorithm=Algorithm(columns=columns, loss=CountTokens(), advantages=grpo),
+        reference=reference,
         prompts=prompts,
-        held_out=prompts[:1],
+        held_out=prompts[:NUM_HELD_OUT],
         meter=meter,
         save=save,
     )

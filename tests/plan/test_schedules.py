@@ -6,17 +6,27 @@ events, failures, drops and the moment at which the run is killed and resumed.
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from asyncflow.core.config import AlgorithmConfig, CheckpointConfig, EvaluateConfig, RolloutConfig, RunConfig
+from asyncflow.core.config import (
+    AlgorithmConfig,
+    CheckpointConfig,
+    EvaluateConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainConfig,
+)
 from asyncflow.core.errors import EngineLostError, FailureBudgetError
+from asyncflow.core.types import Prompt
 from asyncflow.data.gate import Gate
 from asyncflow.engines.scripted import Script
 from asyncflow.plan.simulate import Simulation, simulate
+from asyncflow.rollout.chat import Agent, Chat
 
 NUM_SCHEDULES = 1000
 PER_TEST = 50
@@ -27,16 +37,19 @@ def log_normal(mean: float, sigma: float) -> Callable[[np.random.Generator], flo
 
 
 def draw_config(rng: np.random.Generator) -> RunConfig:
+    time_limit_s = float(rng.choice([20.0, 1e3]))
+    least_running = 20 if time_limit_s == 20.0 else 1  # or held-out answers spend all their time on waiting
     return RunConfig(
         seed=int(rng.integers(1_000_000)),
-        steps=int(rng.integers(2, 8)),
+        steps=int(rng.integers(2, 6)),
         max_staleness=int(rng.integers(0, 4)),
         look_ahead=int(rng.choice([1, 1, 2, 7])),
         groups_per_step=int(rng.integers(1, 6)),
         group_size=int(rng.integers(2, 4)),
-        rollout=RolloutConfig(max_running=int(rng.integers(1, 40)), time_limit_s=float(rng.choice([20.0, 1e6]))),
-        algorithm=AlgorithmConfig(drop_no_signal=bool(rng.random() < 0.5)),
-        evaluate=EvaluateConfig(every=int(rng.integers(0, 3)), final_num_prompts=1),
+        rollout=RolloutConfig(max_running=int(rng.integers(least_running, 40)), time_limit_s=time_limit_s),
+        train=TrainConfig(micro_batch_tokens=int(rng.choice([30, 100, 4096]))),
+        algorithm=AlgorithmConfig(drop_no_signal=bool(rng.random() < 0.5), kl_coef=float(rng.choice([0.0, 0.1]))),
+        evaluate=EvaluateConfig(every=int(rng.integers(0, 3)), num_prompts=8, final_num_prompts=8),
         checkpoint=CheckpointConfig(every=1),
     )
 
@@ -47,11 +60,33 @@ def draw_script(rng: np.random.Generator, *, failure_rate: float = 0.0, crash_ra
     return Script(
         completion_s=log_normal(float(rng.choice([0.1, 1.0])), float(rng.choice([0.0, 1.0, 2.0]))),
         accumulate_s=lambda draw, tokens: train_s * float(draw.random()) * tokens,
+        logprobs_s=lambda draw, tokens: 0.3 * train_s * float(draw.random()) * tokens,
         apply_s=lambda draw: train_s,
         load_s=lambda draw: load_s * float(draw.random()),
         failure_rate=failure_rate,
         crash_rate=crash_rate,
     )
+
+
+def draw_agent(rng: np.random.Generator, *, trouble: float = 0.0) -> Agent:
+    """One or two turns; in a share `trouble` of conversations it raises, is cancelled from within, or hangs."""
+    num_turns = int(rng.integers(1, 3))
+
+    async def agent(prompt: Prompt, chat: Chat) -> float:
+        for _ in range(num_turns):
+            words = (await chat.respond("?")).split()
+        fate = chat.world.rng(prompt.id, *words).random() / max(trouble, 1e-9)
+        if int(prompt.id) < 6:  # most of the eight held out are easy: an evaluation without any answer ends the run
+            fate = 1.0
+        if fate < 0.4:
+            raise KeyError("no such tool")
+        if fate < 0.8:
+            raise asyncio.CancelledError("a tool of the agent was cancelled")
+        if fate < 1.0:
+            await asyncio.Event().wait()
+        return float(len(words) % 2)
+
+    return agent
 
 
 def check_promises(config: RunConfig, result: Simulation) -> None:
@@ -83,10 +118,11 @@ def test_promises_hold_under_drawn_schedules(first: int) -> None:
         rng = np.random.default_rng(seed)
         config = draw_config(rng)
         config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_failures": 100_000})})
-        failure_rate = float(rng.choice([0.0, 0.05, 0.3]))
-        result = simulate(config, draw_script(rng, failure_rate=failure_rate), seed=seed)
+        failure_rate, trouble = float(rng.choice([0.0, 0.05, 0.15])), float(rng.choice([0.0, 0.02, 0.2]))
+        script, agent = draw_script(rng, failure_rate=failure_rate), draw_agent(rng, trouble=trouble)
+        result = simulate(config, script, agent=agent, seed=seed)
         check_promises(config, result)
-        assert not set(result.counts.dropped) - {"failed", "timeout", "no signal"}
+        assert not set(result.counts.dropped) - {"failed", "timeout", "no signal", "agent"}
 
 
 def test_rollouts_that_always_fail_spend_the_budget_and_end_the_run() -> None:
@@ -96,7 +132,7 @@ def test_rollouts_that_always_fail_spend_the_budget_and_end_the_run() -> None:
         simulate(config, draw_script(rng, failure_rate=1.0), seed=1)
 
 
-@pytest.mark.parametrize("first", range(0, 200, 50))
+@pytest.mark.parametrize("first", range(0, 100, 50))
 def test_a_crash_ends_the_run_with_its_cause_and_leaves_no_task(first: int) -> None:
     for seed in range(first, first + 50):
         rng = np.random.default_rng(seed)
@@ -108,7 +144,7 @@ def test_a_crash_ends_the_run_with_its_cause_and_leaves_no_task(first: int) -> N
         check_promises(config, result)
 
 
-@pytest.mark.parametrize("first", range(0, 200, 50))
+@pytest.mark.parametrize("first", range(0, 100, 50))
 def test_a_run_resumed_from_any_checkpoint_trains_every_ticket_once(first: int) -> None:
     for seed in range(first, first + 50):
         rng = np.random.default_rng(seed)
