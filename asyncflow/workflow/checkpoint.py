@@ -68,10 +68,10 @@ def newest_checkpoint(run: Path) -> Path:
         if found := newest_valid(checkpoints):
             return found
     if has_checkpoints(checkpoints):
-        raise RunFolderError(f"{checkpoints} holds no whole checkpoint: every one of them is damaged")
+        raise RunFolderError(f"{checkpoints} holds no whole checkpoint: every one of them is damaged. Start a new run")
     raise RunFolderError(
         f"{run} holds no checkpoint: the run has not come to its first one. "
-        f"Start it from the beginning: asyncflow resume {run}"
+        f"If it has ended, start it from the beginning: asyncflow resume {run}"
     )
 
 
