@@ -117,6 +117,23 @@ def test_what_a_run_went_back_from_is_not_read(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ([("step", 1), ("step", 2), ("step", 3), ("evaluation", 2)], [("step", 1), ("step", 2), ("evaluation", 2)]),
+        ([("step", 1), ("step", 2), ("evaluation", 2), ("step", 2)], [("step", 1), ("step", 2)]),
+        ([("evaluation", 0), ("step", 1), ("warmup", 1)], [("warmup", 1)]),
+    ],
+)
+def test_a_run_that_just_went_back_shows_nothing_of_what_it_left(
+    tmp_path: Path, written: list[tuple[str, int]], read: list[tuple[str, int]]
+) -> None:
+    observer = RunObserver(tmp_path, World(), SilentProgress())
+    for kind, number in written:
+        observer.record(kind, {"step": number})
+    assert [(metric.kind, metric.values["step"]) for metric in read_metrics(tmp_path)] == read
+
+
 def test_a_torn_line_is_passed_over_and_never_joined(tmp_path: Path) -> None:
     RunObserver(tmp_path, World(), SilentProgress()).record("step", {"step": 1})
     with (tmp_path / METRICS_FILE).open("ab") as file:

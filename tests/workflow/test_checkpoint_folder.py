@@ -97,6 +97,7 @@ def test_damaged_checkpoints_are_set_aside_and_whole_ones_are_not(tmp_path: Path
     assert list_checkpoints(tmp_path) == [folders[10], folders[20]]
     assert (tmp_path / "step-000030.damaged" / "model").is_file()
     assert set_aside_newer(tmp_path, folders[20]) == []
+    assert set_aside_newer(tmp_path, folders[10]) == []  # newer and whole
 
 
 def test_only_drafts_are_published(tmp_path: Path) -> None:
