@@ -21,10 +21,10 @@ from asyncflow.workflow.reinforce import Setup, reinforce
 from asyncflow.workflow.stages import NO_SIGNAL, NO_SIGNAL_LIMIT
 
 
-def saved_until_learnt(num_signals: int, every: int) -> dict[int, LedgerSnapshot]:
+def saved_until_learnt(num_signals: int, every: int) -> list[tuple[int, LedgerSnapshot]]:
     """The checkpoints of a run of 2 groups a step whose first so many groups have a signal, and no other."""
     world = World(seed=1, disk=MemoryDisk(), is_real=False)
-    saved: dict[int, LedgerSnapshot] = {}
+    saved: list[tuple[int, LedgerSnapshot]] = []
     answers: list[int] = []
 
     async def agent(prompt: Prompt, chat: Chat) -> float:
@@ -35,7 +35,7 @@ def saved_until_learnt(num_signals: int, every: int) -> dict[int, LedgerSnapshot
         return float(len(answers) % 2 == 0 or len(answers) > 2 * num_signals)
 
     async def save(step: int, ledger: LedgerSnapshot) -> None:
-        saved[step] = ledger
+        saved.append((step, ledger))
 
     script = Script(completion_s=lambda rng: 1.0, num_tokens=lambda rng: 1)
     setup = Setup(
@@ -67,10 +67,11 @@ def saved_until_learnt(num_signals: int, every: int) -> dict[int, LedgerSnapshot
 
 def test_the_last_step_is_kept_when_there_is_nothing_more_to_learn() -> None:
     saved = saved_until_learnt(num_signals=7, every=2)
-    assert list(saved) == [2, 3]
-    assert (saved[3].trained, saved[3].dropped) == (6, {NO_SIGNAL: NO_SIGNAL_LIMIT - 1})
+    assert [step for step, _ in saved] == [2, 3]
+    ledger = saved[-1][1]
+    assert (ledger.trained, ledger.dropped) == (6, {NO_SIGNAL: NO_SIGNAL_LIMIT - 1})
 
 
 def test_a_step_that_has_its_checkpoint_is_not_saved_again() -> None:
-    assert list(saved_until_learnt(num_signals=4, every=2)) == [2]
-    assert list(saved_until_learnt(num_signals=0, every=0)) == []
+    assert [step for step, _ in saved_until_learnt(num_signals=4, every=2)] == [2]
+    assert saved_until_learnt(num_signals=0, every=0) == []
