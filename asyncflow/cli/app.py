@@ -22,6 +22,7 @@ from asyncflow.core.world import World
 from asyncflow.observe.plain_text import harmless
 from asyncflow.observe.progress import Progress, progress_on
 from asyncflow.observe.run_folder import check_free, find_run, read_config
+from asyncflow.plan.compare import Times, compare
 from asyncflow.recipes.recipe import Recipe, list_recipes, load_recipe
 
 if TYPE_CHECKING:
@@ -100,6 +101,25 @@ def resume(run: Run, words: Words = None, root: Root = output.DEFAULT_ROOT) -> N
     progress = progress_on(Console())
     summary = _watch(progress, folder.parent, lambda: runner.resume(folder, words or [], progress))
     _show_summary(summary, recipe)
+
+
+@app.command(context_settings=SETTINGS_FOLLOW, epilog="Example: asyncflow simulate quickstart --rollout-s 20 --sigma 1")
+def simulate(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe's name, a .py file or a .toml file")],
+    words: Words = None,
+    rollout_s: Annotated[float, typer.Option(min=0.001, help="mean seconds of one completion")] = 1.0,
+    sigma: Annotated[float, typer.Option(min=0, help="log-normal spread of completions: 0 none, 1 heavy-tailed")] = 0.5,
+    train_s: Annotated[float, typer.Option(min=0, help="seconds that a step's gradients take")] = 1.0,
+    load_s: Annotated[float, typer.Option(min=0, help="seconds that a weight load takes")] = 0.1,
+    bounds: Annotated[str, typer.Option(help="staleness bounds to compare")] = "0,1,2,4",
+    as_json: AsJson = False,
+) -> None:
+    """Compare staleness bounds before a run: the real loop and queue, simulated, without torch."""
+    if not all(bound.strip().isdecimal() for bound in bounds.split(",")):
+        raise ConfigError(f"--bounds {bounds!r}: expected whole numbers >= 0 with commas between, such as 0,1,2")
+    config = configure(load_recipe(recipe), recipe, words or [])
+    times = Times(rollout_s=rollout_s, sigma=sigma, train_s=train_s, load_s=load_s)
+    output.show_simulations(compare(config, times, [int(bound) for bound in bounds.split(",")]), as_json=as_json)
 
 
 @app.command("eval", epilog="Example: asyncflow eval blue-fox --pass-at 8 --num-prompts 200")

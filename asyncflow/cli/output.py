@@ -18,6 +18,7 @@ from asyncflow.core.settings import toml_value
 from asyncflow.observe.plain_text import harmless, short_time
 from asyncflow.observe.progress_state import ProgressState
 from asyncflow.observe.run_folder import list_runs
+from asyncflow.plan.simulate import Simulation
 from asyncflow.workflow.checkpoint_folder import checkpoint_step, list_checkpoints
 
 DEFAULT_ROOT = Path("runs")
@@ -74,6 +75,35 @@ def show_settings(settings: Sequence[Setting]) -> None:
 def show_numbers(numbers: Mapping[str, float]) -> None:
     """What an evaluation found, in the words of `workflow.evaluation.Evaluation`."""
     show_rows([(_measure(name, numbers), _number(name, numbers)) for name in numbers if _is_worth_a_row(name, numbers)])
+
+
+def show_simulations(simulations: Mapping[int, Simulation], *, as_json: bool) -> None:
+    """One row for each staleness bound; the ratio is to the first."""
+    first = next(iter(simulations.values()))
+    rows = [
+        {
+            "bound": bound,
+            "steps_per_s": run.steps_per_s,
+            "ratio": run.steps_per_s / first.steps_per_s,
+            "train_busy": run.train_busy,
+            "rollout_busy": run.rollout_busy,
+            "both_busy": run.both_busy,
+            "staleness_max": run.staleness_max,
+        }
+        for bound, run in simulations.items()
+    ]
+    if as_json:
+        show_json(rows)
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("bound", "steps/s", "ratio", "training busy", "rollout busy", "both", "staleness"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        shares = (f"{row[name]:.0%}" for name in ("train_busy", "rollout_busy", "both_busy"))
+        table.add_row(
+            str(row["bound"]), f"{row['steps_per_s']:.3g}", f"{row['ratio']:.2f}", *shares, f"<= {row['staleness_max']}"
+        )
+    Console().print(table)
 
 
 def show_summary(

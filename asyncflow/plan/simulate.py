@@ -91,8 +91,8 @@ def simulate(
 
 
 async def answer_once(prompt: Prompt, chat: Chat) -> float:
-    """An agent whose reward depends on what was sampled: 1 for an even number of words."""
-    return float(len((await chat.respond(prompt.text)).split()) % 2 == 0)
+    """An agent whose reward depends on what was sampled: 1 where the last token's number is odd."""
+    return float((await chat.respond(prompt.text)).endswith(("1", "3", "5", "7", "9")))
 
 
 async def _run(config: RunConfig, script: Script, agent: Agent, snapshot: LedgerSnapshot | None) -> Simulation:
@@ -101,7 +101,7 @@ async def _run(config: RunConfig, script: Script, agent: Agent, snapshot: Ledger
     meter = Meter(recorder)
     first_step = snapshot.trained // config.groups_per_step if snapshot else 0
     trainer = ScriptedTrainer(world=world, script=script, observer=meter, step=first_step)
-    prompts = [Prompt(id=str(i), text=f"prompt {i}") for i in range(NUM_PROMPTS)]
+    prompts = [Prompt(id=str(i), text=f"prompt {i:03d}") for i in range(NUM_PROMPTS)]
     saved: list[LedgerSnapshot] = []
     has_reference = config.algorithm.kl_coef > 0
     reference = ScriptedTrainer(world=world, script=script) if has_reference else None
