@@ -19,7 +19,7 @@ from asyncflow.engines.cores import Cores
 from asyncflow.engines.devices import pick_device
 from asyncflow.engines.renderer import TokenizerRenderer
 from asyncflow.engines.rollout.client import start_rollout_engine
-from asyncflow.engines.train.torch_engine import TorchTrainEngine
+from asyncflow.engines.train.torch_scorer import TorchScorer
 from asyncflow.observe.observer import RunObserver
 from asyncflow.observe.progress import Progress
 from asyncflow.observe.progress_state import RunPlan
@@ -194,7 +194,7 @@ async def _train(session: Session, folder: Path, checkpoint: Path | None) -> Non
             await reference.aclose()
 
 
-async def _reference(session: Session, folder: Path) -> TorchTrainEngine:
+async def _reference(session: Session, folder: Path) -> TorchScorer:
     """The policy before reinforcement learning, kept in the run folder for a resume."""
     home = folder / REFERENCE
     if not home.exists():
@@ -205,7 +205,13 @@ async def _reference(session: Session, folder: Path) -> TorchTrainEngine:
             await session.trainer.save(draft)
         shutil.move(draft, home)
     config = session.config
-    return await TorchTrainEngine.open(str(home), config.train, phase=reinforcement_phase(config))
+    return await TorchScorer.open(
+        str(home),
+        config.train,
+        temperature=config.sampling.temperature,
+        observer=session.meter,
+        num_threads=session.cores.for_training,
+    )
 
 
 def evaluate(folder: Path, *, num_prompts: int, temperature: float, samples: int) -> dict[str, float]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from asyncflow.algo.algorithms import make_algorithm
 from asyncflow.core.config import RunConfig
 from asyncflow.core.metrics import Observer
+from asyncflow.core.ports import Scorer
 from asyncflow.core.world import World
 from asyncflow.data.ledger import LedgerSnapshot
 from asyncflow.engines.cores import Cores
@@ -34,12 +35,13 @@ class Session:
     task: Task
     world: World
     meter: Meter
+    cores: Cores
     trainer: TorchTrainEngine
     rollout: TorchRolloutEngine
     renderer: TokenizerRenderer
     checkpoints: Path
 
-    def setup(self, reference: TorchTrainEngine | None) -> Setup[Tensor]:
+    def setup(self, reference: Scorer | None) -> Setup[Tensor]:
         """The parts of reinforcement learning."""
         return Setup(
             world=self.world,
@@ -78,8 +80,7 @@ async def open_session(
 ) -> AsyncIterator[Session]:
     """Load the model of the folder or hub name `source` into both engines.
 
-    The rollout process starts while the trainer loads. If it dies, at whatever moment, the
-    block ends with `EngineLostError`.
+    If the rollout process dies, at whatever moment, the block ends with `EngineLostError`.
     """
     meter = Meter(observer)
     renderer = TokenizerRenderer(source)
@@ -92,6 +93,7 @@ async def open_session(
         lineage=lineage,
         observer=meter,
         num_threads=cores.for_training,
+        disk=world.disk,
     )
     try:
         async with (
@@ -112,6 +114,7 @@ async def open_session(
                 task=task,
                 world=world,
                 meter=meter,
+                cores=cores,
                 trainer=trainer,
                 rollout=rollout,
                 renderer=renderer,

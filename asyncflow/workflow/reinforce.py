@@ -16,7 +16,7 @@ from asyncflow.algo.samples import to_columns
 from asyncflow.core.columns import REWARD, TOKEN_IDS
 from asyncflow.core.config import RunConfig
 from asyncflow.core.errors import NoSignalError
-from asyncflow.core.ports import Renderer, RolloutEngine, TensorT, TrainEngine
+from asyncflow.core.ports import Renderer, RolloutEngine, Scorer, TensorT, TrainEngine
 from asyncflow.core.types import PolicyVersion, Prompt, Ragged, SamplingParams, StepReport, Ticket
 from asyncflow.core.world import World
 from asyncflow.data.gate import Gate
@@ -50,7 +50,7 @@ class Setup(Generic[TensorT]):
     held_out: Sequence[Prompt]
     meter: Meter
     save: Callable[[int, LedgerSnapshot], Awaitable[None]]
-    reference: TrainEngine[TensorT] | None = None
+    reference: Scorer | None = None
 
 
 async def reinforce(config: RunConfig, setup: Setup[TensorT], snapshot: LedgerSnapshot | None = None) -> TransferQueue:

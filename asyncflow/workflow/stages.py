@@ -9,7 +9,7 @@ import numpy as np
 from asyncflow.algo.algorithms import Advantages
 from asyncflow.core.columns import ADVANTAGE, REF_LOGPROBS, REWARD
 from asyncflow.core.errors import NoSignalError
-from asyncflow.core.ports import TensorT, TrainEngine
+from asyncflow.core.ports import Scorer
 from asyncflow.core.types import MicroBatch, Ragged, Ticket
 from asyncflow.data.queue import TransferQueue
 
@@ -63,7 +63,7 @@ def check_signal(dropped_in_a_row: int, reward: float) -> None:
         )
 
 
-async def reference_stage(queue: TransferQueue, reference: TrainEngine[TensorT], *, max_tokens: int) -> None:
+async def reference_stage(queue: TransferQueue, reference: Scorer, *, max_tokens: int) -> None:
     """Write `ref_logprobs` for every group, for ever: of as many at once as are ready and fill a micro-batch."""
     lease = queue.lease(REFERENCE)
     while True:
