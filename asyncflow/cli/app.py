@@ -149,6 +149,7 @@ def evaluate(
         num_prompts=settings.final_num_prompts if num_prompts is None else num_prompts,
         temperature=0.0 if greedy else settings.temperature if temperature is None else temperature,
         samples=pass_at,
+        tell=output.show_note,
     )
     (output.show_json if as_json else output.show_numbers)(numbers)
 

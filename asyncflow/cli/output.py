@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -37,6 +38,11 @@ def show_error(error: AsyncFlowError) -> None:
         message = harmless(str(error))
         text.append(re.sub(" {3,}", ": ", message) if isinstance(error, ConfigError) else message)
     console.print(text, soft_wrap=True, highlight=False)
+
+
+def show_note(text: str) -> None:
+    """Say something beside the result."""
+    print(harmless(text), file=sys.stderr)
 
 
 def show_json(value: object) -> None:

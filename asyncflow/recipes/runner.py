@@ -42,7 +42,7 @@ from asyncflow.recipes.session import Session, open_session, reinforcement_phase
 from asyncflow.workflow.checkpoint import EMPTY_LEDGER, newest_checkpoint, read_ledger
 from asyncflow.workflow.checkpoint_folder import checkpoint_step, has_checkpoints, set_aside_newer
 from asyncflow.workflow.evaluation import evaluate as answer_all
-from asyncflow.workflow.reinforce import evaluation_parts, make_gate, reinforce, rollout_parts
+from asyncflow.workflow.reinforce import evaluation_parts, evaluations_at_once, make_gate, reinforce, rollout_parts
 from asyncflow.workflow.warmup import tokenize, warm_up
 
 ResultT = TypeVar("ResultT")
@@ -214,20 +214,29 @@ async def _reference(session: Session, folder: Path) -> TorchScorer:
     )
 
 
-def evaluate(folder: Path, *, num_prompts: int, temperature: float, samples: int) -> dict[str, float]:
-    """Answer held-out prompts with a run's newest checkpoint, `samples` times each."""
+def evaluate(
+    folder: Path, *, num_prompts: int, temperature: float, samples: int, tell: Callable[[str], None]
+) -> dict[str, float]:
+    """Answer held-out prompts with a run's newest checkpoint, `samples` times each; `tell` hears why some failed."""
     config = read_config(folder)
     pick_device(config.rollout.device, "rollout")
     prompts = same_task(load_recipe(config.recipe), config, folder)
 
     def answer(checkpoint: Path) -> dict[str, float]:
-        return asyncio.run(_evaluate(config, prompts, folder, checkpoint, num_prompts, temperature, samples))
+        return asyncio.run(_evaluate(config, prompts, folder, checkpoint, num_prompts, temperature, samples, tell))
 
     return _of_newest(folder, answer)
 
 
 async def _evaluate(
-    config: RunConfig, task: Task, folder: Path, checkpoint: Path, num_prompts: int, temperature: float, samples: int
+    config: RunConfig,
+    task: Task,
+    folder: Path,
+    checkpoint: Path,
+    num_prompts: int,
+    temperature: float,
+    samples: int,
+    tell: Callable[[str], None],
 ) -> dict[str, float]:
     world = World(seed=config.seed)
     async with start_rollout_engine(
@@ -235,7 +244,10 @@ async def _evaluate(
     ) as engine:
         parts = rollout_parts(config, engine, TokenizerRenderer(str(checkpoint)), task.agent, world)
         parts = evaluation_parts(parts, temperature)
-        result = await answer_all(task.held_out[:num_prompts], parts, name="eval", samples=samples)
+        at_once = evaluations_at_once(config)
+        result = await answer_all(
+            task.held_out[:num_prompts], parts, name="eval", at_once=at_once, samples=samples, tell=tell
+        )
     return {"step": float(checkpoint_step(checkpoint) or 0), **asdict(result)}
 
 

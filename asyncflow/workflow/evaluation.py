@@ -43,20 +43,23 @@ async def evaluate(
     parts: RolloutParts,
     *,
     name: str,
+    at_once: int,
     samples: int = 1,
     tell: Callable[[str], None] = _ignore,
 ) -> Evaluation:
-    """Answer every prompt `samples` times, all at once. A rollout that fails counts as a wrong answer.
+    """Answer every prompt `samples` times, `at_once` rollouts at once. One that fails counts as a wrong answer.
 
-    `tell` is told how many failed for each reason, and the first error of each. Raises the
-    first error when all failed: that says nothing about the policy. `name` seeds the sampling:
-    equal names, weights and prompts give equal results.
+    A rollout's time limit begins with the rollout, so `at_once` should be what the engine runs,
+    and some more to keep it full. `tell` is told how many failed for each reason, and the first
+    error of each. Raises the first error when all failed: that says nothing about the policy.
+    `name` seeds the sampling: equal names, weights and prompts give equal results.
     """
+    places = asyncio.Semaphore(at_once)
     try:
         async with asyncio.TaskGroup() as answers:
             tasks = [
                 [
-                    answers.create_task(_answer(prompt, parts, name, k), name=f"{name} {prompt.id}.{k}")
+                    answers.create_task(_answer(prompt, parts, name, k, places), name=f"{name} {prompt.id}.{k}")
                     for k in range(samples)
                 ]
                 for prompt in prompts
@@ -68,11 +71,15 @@ async def evaluate(
     return _summary(results)
 
 
-async def _answer(prompt: Prompt, parts: RolloutParts, name: str, k: int) -> Trajectory | RolloutError:
-    try:
-        return await roll_out_one(prompt, parts, session=f"{name}.{prompt.id}.{k}", seed_keys=(name, prompt.id, k))
-    except RolloutError as error:
-        return error
+async def _answer(
+    prompt: Prompt, parts: RolloutParts, name: str, k: int, places: asyncio.Semaphore
+) -> Trajectory | RolloutError:
+    session = f"{name}.{prompt.id}.{k}"
+    async with places:
+        try:
+            return await roll_out_one(prompt, parts, session=session, seed_keys=(name, prompt.id, k))
+        except RolloutError as error:
+            return error
 
 
 def _report(results: Sequence[Trajectory | RolloutError], name: str, tell: Callable[[str], None]) -> None:

@@ -178,7 +178,13 @@ async def measure(config: RunConfig, setup: Setup[TensorT], parts: RolloutParts,
     wanted = config.evaluate.final_num_prompts if at_an_end else config.evaluate.num_prompts
     parts = evaluation_parts(parts, config.evaluate.temperature)
     tell = partial(tell_health, setup.meter)
-    result = await evaluate(setup.held_out[:wanted], parts, name=f"evaluation {version.step}", tell=tell)
+    result = await evaluate(
+        setup.held_out[:wanted],
+        parts,
+        name=f"evaluation {version.step}",
+        at_once=evaluations_at_once(config),
+        tell=tell,
+    )
     setup.meter.record("evaluation", {"step": version.step, **asdict(result)})
     return result
 
@@ -186,6 +192,11 @@ async def measure(config: RunConfig, setup: Setup[TensorT], parts: RolloutParts,
 def tell_health(meter: Meter, text: str) -> None:
     """Record that something is wrong which does not end the run."""
     meter.record("health", {"message": text})
+
+
+def evaluations_at_once(config: RunConfig) -> int:
+    """Held-out answers that are asked for at once: what the engine runs, and as many that wait."""
+    return 2 * config.rollout.max_running
 
 
 def is_evaluated(config: RunConfig, step: int) -> bool:

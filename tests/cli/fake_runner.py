@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,7 +40,9 @@ class FakeRunner:
         with RunFolder.reopen(folder, world=World()) as again:
             return self._work(again, progress)
 
-    def evaluate(self, folder: Path, *, num_prompts: int, temperature: float, samples: int) -> dict[str, float]:
+    def evaluate(
+        self, folder: Path, *, num_prompts: int, temperature: float, samples: int, tell: Callable[[str], None]
+    ) -> dict[str, float]:
         self.calls.append(("evaluate", (num_prompts, temperature, samples)))
         return {
             "step": 80.0,

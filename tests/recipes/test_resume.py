@@ -83,7 +83,7 @@ def test_a_resume_and_an_evaluation_refuse_other_prompts(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match=r"the prompts are not those that .* was started with.*start a new run"):
         runner.resume(folder, ["steps=1"], quiet())
     with pytest.raises(ConfigError, match="the prompts are not those"):
-        runner.evaluate(folder, num_prompts=1, temperature=0.0, samples=1)
+        runner.evaluate(folder, num_prompts=1, temperature=0.0, samples=1, tell=print)
 
 
 def test_an_evaluation_whose_checkpoint_is_pruned_takes_the_next_newest(
@@ -96,7 +96,7 @@ def test_an_evaluation_whose_checkpoint_is_pruned_takes_the_next_newest(
         return found
 
     monkeypatch.setattr(runner, "newest_checkpoint", pruned_meanwhile)
-    assert runner.evaluate(copied, num_prompts=2, temperature=0.0, samples=1)["step"] == 2
+    assert runner.evaluate(copied, num_prompts=2, temperature=0.0, samples=1, tell=print)["step"] == 2
 
 
 def test_a_run_that_came_to_no_checkpoint_is_resumed_from_the_beginning(

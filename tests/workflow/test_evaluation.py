@@ -37,7 +37,7 @@ def run_evaluation(
 ) -> Evaluation:
     parts = make_parts(engine or TellingEngine(), agent)
     tell = (told if told is not None else []).append
-    return run_virtually(evaluate(PROMPTS, parts, name="evaluation 3", samples=samples, tell=tell))
+    return run_virtually(evaluate(PROMPTS, parts, name="evaluation 3", at_once=2, samples=samples, tell=tell))
 
 
 def test_an_answer_is_right_from_a_reward_of_1_on_and_rewards_are_averaged() -> None:
@@ -118,7 +118,7 @@ def test_equal_names_draw_equal_seeds_and_other_names_others() -> None:
 
     def seeds(name: str) -> set[int]:
         engine = TellingEngine(otherwise=say(1, 0))
-        run_virtually(evaluate(PROMPTS, make_parts(engine, agent), name=name, samples=2))
+        run_virtually(evaluate(PROMPTS, make_parts(engine, agent), name=name, at_once=99, samples=2))
         return {call.params.seed for call in engine.calls}
 
     assert len(seeds("evaluation 3")) == 8
