@@ -80,10 +80,6 @@ class _Record:
         return self.num_rows > 0 and all(self.written[name] == self.num_rows for name in columns)
 
 
-def _ignore(transition: Transition) -> None:
-    """The journal of a ledger that keeps none."""
-
-
 class Ledger:
     """Tickets, their columns and their takers."""
 
@@ -91,8 +87,8 @@ class Ledger:
         self,
         tasks: Sequence[QueueTask],
         gate: Gate,
-        journal: Callable[[Transition], None] = _ignore,
-        snapshot: LedgerSnapshot | None = None,
+        journal: Callable[[Transition], None],
+        snapshot: LedgerSnapshot | None,
     ) -> None:
         if sum(task.trains for task in tasks) != 1:
             raise LedgerError("exactly one task of the queue must be the one that trains")
