@@ -25,7 +25,7 @@ quickstart: $(VENV)/.ready-run ## learn three-digit addition on this machine, fr
 	@$(BIN)/asyncflow run quickstart
 
 test: $(VENV)/.ready-dev ## all tests but the soak
-	@$(BIN)/python -m pytest -q $(ARGS)
+	@$(BIN)/python -m pytest -q -n auto $(ARGS)
 
 check: $(VENV)/.ready-dev ## format, lint, types, layers, fast tests
 	@$(BIN)/ruff format --check --quiet . || { echo "not formatted: make format"; exit 1; }
