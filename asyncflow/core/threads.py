@@ -1,9 +1,10 @@
-"""Threads for calls that may never return, such as a user's reward.
+"""Calls in threads, awaited: work of ours, which ends before its caller goes on, and calls that may never return.
 
-They are daemons: one that is stuck can't keep the process from ending, as a thread of the
-loop's own executor would. Their number is bounded; a call waits for a free one. Who waits for
-a call may be cancelled at any time: a call that has not begun is then never made, one that
-has is abandoned, and its thread is free again when it returns.
+The latter, such as a user's reward, have `DaemonThreads`: one that is stuck can't keep the
+process from ending, as a thread of the loop's own executor would. Their number is bounded; a
+call waits for a free one. Who waits for a call may be cancelled at any time: a call that has
+not begun is then never made, one that has is abandoned, and its thread is free again when it
+returns.
 """
 
 from __future__ import annotations
@@ -17,6 +18,25 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 ResultT = TypeVar("ResultT")
+
+
+async def outlast(work: asyncio.Future[ResultT]) -> ResultT:
+    """The result of work that a thread does. When cancelled, lets it end first, then raises `CancelledError`.
+
+    A thread can't be stopped, so a cancelled caller that went on at once would race with it
+    for what it works on: gradients, weights, the files of a checkpoint.
+    """
+    cancelled: asyncio.CancelledError | None = None
+    while not work.done():
+        try:
+            await asyncio.wait([work])
+        except asyncio.CancelledError as error:  # raised below, when the thread is done
+            cancelled = error
+    if cancelled is None:
+        return work.result()
+    if (failure := work.exception()) is not None:
+        raise cancelled from failure
+    raise cancelled
 
 
 @dataclass(slots=True)

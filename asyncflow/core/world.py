@@ -23,7 +23,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from asyncflow.core.threads import DaemonThreads
+from asyncflow.core.threads import DaemonThreads, outlast
 
 ResultT = TypeVar("ResultT")
 
@@ -143,9 +143,11 @@ class World:
     async def run_blocking(self, call: Callable[[], ResultT]) -> ResultT:
         """Run a call of ours that takes over 5 ms off the event loop; inline under simulation.
 
-        The loop waits for it when it ends, so that nothing is left half done.
+        When the awaited call is over, also by cancellation, no thread is working on it.
         """
-        return await asyncio.to_thread(call) if self.is_real else call()
+        if not self.is_real:
+            return call()
+        return await outlast(asyncio.get_running_loop().run_in_executor(None, call))
 
     async def run_foreign(self, call: Callable[[], ResultT]) -> ResultT:
         """Run a call whose duration we can't know off the event loop: code of users. Inline under simulation.

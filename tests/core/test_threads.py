@@ -84,6 +84,26 @@ async def test_stuck_foreign_calls_hold_up_no_work_of_ours() -> None:
         release.set()
 
 
+async def test_when_work_of_ours_is_cancelled_it_ends_before_its_caller_goes_on() -> None:
+    release, done = threading.Event(), list[str]()
+
+    def work() -> None:
+        release.wait(30)
+        done.append("work")
+
+    async with asyncio.TaskGroup() as group:
+        caller = group.create_task(World().run_blocking(work), name="caller")
+        for _ in range(2):  # also when somebody is impatient
+            await asyncio.sleep(0.01)
+            caller.cancel()
+        await asyncio.sleep(0.01)
+        assert not caller.done()
+        release.set()
+        with pytest.raises(asyncio.CancelledError):
+            await caller
+        assert done == ["work"]
+
+
 def test_a_call_that_never_returns_does_not_keep_the_process_from_ending() -> None:
     done = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "given up\n", "")

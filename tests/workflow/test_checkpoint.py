@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from asyncflow.core.types import Ticket
 from asyncflow.core.world import World
 from asyncflow.data.ledger import LedgerSnapshot
 from asyncflow.engines.scripted import Script, ScriptedTrainer
+from asyncflow.workflow import checkpoint
 from asyncflow.workflow.checkpoint import EMPTY_LEDGER, LEDGER_FILE, newest_checkpoint, read_ledger, save_checkpoint
 from asyncflow.workflow.checkpoint_folder import damage, list_checkpoints
 
@@ -81,6 +84,33 @@ async def test_a_full_disk_is_said_in_one_sentence_and_leaves_no_draft(tmp_path:
         await save_checkpoint(older.parent, Full(world=WORLD, script=Script(), step=4), 4, LEDGER, 2, WORLD)
     assert caught.value.__cause__ is error
     assert list(older.parent.iterdir()) == [older]
+
+
+@pytest.mark.parametrize("place", ["begin_draft", "publish"])
+async def test_a_cancelled_save_leaves_a_whole_checkpoint_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """The thread that writes can't be stopped; its files must not be removed while it publishes them."""
+    begun, release, real = threading.Event(), threading.Event(), getattr(checkpoint, place)
+
+    def slow(*arguments: object) -> object:
+        begun.set()
+        release.wait(30)
+        return real(*arguments)
+
+    older = await save(tmp_path, 2)
+    monkeypatch.setattr(checkpoint, place, slow)
+    async with asyncio.TaskGroup() as group:
+        saving = group.create_task(save(tmp_path, 4), name="save")
+        await asyncio.to_thread(begun.wait, 30)
+        saving.cancel()
+        await asyncio.sleep(0.05)
+        release.set()
+        with pytest.raises(asyncio.CancelledError):
+            await saving
+    names = {folder.name for folder in older.parent.iterdir()}
+    assert names == ({older.name} if place == "begin_draft" else {older.name, "step-000004"})
+    assert [damage(folder) for folder in list_checkpoints(older.parent)] == [[]] * len(names)
 
 
 async def test_going_back_from_a_damaged_checkpoint_never_costs_the_good_one(tmp_path: Path) -> None:
