@@ -61,7 +61,11 @@ class DaemonThreads:
     _lock: threading.Lock = field(default_factory=threading.Lock)  # the counts: the loop against the threads
 
     async def run(self, call: Callable[[], ResultT]) -> ResultT:
-        """The result of a call made in one of the threads, or what it raised."""
+        """The result of a call made in one of the threads, or what it raised.
+
+        What is no `Exception`, such as `SystemExit`, becomes a `RuntimeError`: it would have
+        ended the call's thread, and must not end the program instead.
+        """
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[None] = loop.create_future()
         results: list[ResultT] = []
@@ -77,6 +81,8 @@ class DaemonThreads:
         except asyncio.CancelledError:
             job.is_wanted = False
             raise
+        if job.error is not None and not isinstance(job.error, Exception):
+            raise RuntimeError(f"the call ended its thread by {job.error!r}") from job.error
         if job.error is not None:
             raise job.error
         return results[0]

@@ -14,7 +14,7 @@ from asyncflow.core.ports import Renderer, RolloutEngine
 from asyncflow.core.types import Group, Prompt, SamplingParams, Ticket, Trajectory
 from asyncflow.core.world import World, derive_seed
 from asyncflow.rollout.chat import Agent, Chat
-from asyncflow.rollout.rewards import checked, is_cancelled, name_of
+from asyncflow.rollout.rewards import checked, is_meant_for_us, name_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,18 +73,19 @@ async def roll_out_one(
 async def _run_agent(prompt: Prompt, chat: Chat, agent: Agent) -> float:
     """What the agent returns. Whatever it raises by itself is its failure.
 
-    So is a `CancelledError` that nobody asked for: it would end our task without a word.
+    So is a `CancelledError` that nobody asked for, which would end our task without a word,
+    and a `SystemExit`, which would end the run.
     """
     try:
         return await agent(prompt, chat)
     except AsyncFlowError:
         raise
-    except asyncio.CancelledError as error:
-        if is_cancelled():
-            raise
-        raise AgentError(f"the agent let {error!r} escape on prompt {prompt.id}") from error
     except Exception as error:
         raise AgentError(f"the agent raised {error!r} on prompt {prompt.id}") from error
+    except BaseException as error:
+        if is_meant_for_us(error):
+            raise
+        raise AgentError(f"the agent let {error!r} escape on prompt {prompt.id}") from error
 
 
 def prompt_order(prompts: Sequence[Prompt], world: World) -> Callable[[Ticket], Prompt]:

@@ -43,12 +43,12 @@ async def score(reward: Reward, prompt: Prompt, answer: str, world: World) -> fl
         value = await _call(reward, prompt, answer, world)
     except AsyncFlowError:
         raise
-    except asyncio.CancelledError as error:
-        if is_cancelled():
-            raise
-        raise RewardError(f"reward {name_of(reward)} let {error!r} escape on {where}") from error
     except Exception as error:
         raise RewardError(f"reward {name_of(reward)} raised {error!r} on {where}") from error
+    except BaseException as error:
+        if is_meant_for_us(error):
+            raise
+        raise RewardError(f"reward {name_of(reward)} let {error!r} escape on {where}") from error
     return checked(value, f"reward {name_of(reward)}", where)
 
 
@@ -61,10 +61,16 @@ async def _call(reward: Reward, prompt: Prompt, answer: str, world: World) -> fl
     return await value if inspect.isawaitable(value) else value
 
 
-def is_cancelled() -> bool:
-    """Whether somebody asked the running task to end. If not, a `CancelledError` in it is a stray one."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+def is_meant_for_us(error: BaseException) -> bool:
+    """Whether what is no `Exception` came through a user's code from outside: a cancellation, Ctrl-C, a closed loop.
+
+    If nobody asked the running task to end, a `CancelledError` in it is a stray one; a
+    `SystemExit` is always the user's.
+    """
+    if isinstance(error, asyncio.CancelledError):
+        task = asyncio.current_task()
+        return task is not None and task.cancelling() > 0
+    return isinstance(error, KeyboardInterrupt | GeneratorExit)
 
 
 def checked(value: object, who: str, where: str) -> float:

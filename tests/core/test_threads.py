@@ -104,6 +104,18 @@ async def test_when_work_of_ours_is_cancelled_it_ends_before_its_caller_goes_on(
         assert done == ["work"]
 
 
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError()])
+async def test_what_would_end_the_program_is_an_ordinary_error_outside_its_thread(error: BaseException) -> None:
+    """Ctrl-C reaches the main thread only, so none of these is meant for whoever awaits the call."""
+
+    def call() -> None:
+        raise error
+
+    with pytest.raises(RuntimeError, match=type(error).__name__) as caught:
+        await DaemonThreads(name="test", max_threads=1).run(call)
+    assert caught.value.__cause__ is error
+
+
 def test_a_call_that_never_returns_does_not_keep_the_process_from_ending() -> None:
     done = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "given up\n", "")

@@ -25,7 +25,7 @@ from asyncflow.core.types import Prompt, Ticket
 from asyncflow.core.world import World, derive_seed
 from asyncflow.plan.virtual import run_virtually
 from asyncflow.rollout.chat import Agent, Chat
-from asyncflow.rollout.groups import prompt_order, roll_out_group
+from asyncflow.rollout.groups import prompt_order, roll_out_group, roll_out_one
 from asyncflow.rollout.rewards import single_turn
 from tests.rollout.engines import SilentEngine, TellingEngine, make_parts
 
@@ -97,6 +97,21 @@ def test_a_stray_cancellation_in_an_agent_is_its_failure() -> None:
 
     with pytest.raises(AgentError, match=r"the agent let CancelledError.* escape on prompt p7"):
         run_virtually(roll_out_group(Ticket(0), PROMPT, 2, make_parts(TellingEngine(), agent)))
+
+
+def test_an_agent_cannot_end_the_run() -> None:
+    parts = make_parts(SilentEngine(), failing_at(1, SystemExit(2)))
+    with pytest.raises(AgentError, match=r"the agent let SystemExit\(2\) escape on prompt p7"):
+        run_virtually(roll_out_group(Ticket(0), PROMPT, 2, parts))
+
+
+def test_ctrl_c_during_an_agent_is_still_ctrl_c() -> None:
+    async def agent(prompt: Prompt, chat: Chat) -> float:
+        raise KeyboardInterrupt
+
+    rollout = roll_out_one(PROMPT, make_parts(SilentEngine(), agent), session="s", seed_keys=("k",))
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(rollout)
 
 
 def test_cancelling_a_group_cancels_it() -> None:

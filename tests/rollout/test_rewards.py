@@ -136,6 +136,34 @@ async def test_errors_that_asyncio_gives_a_meaning_are_the_rewards_failure_too(
         await score(judge, PROMPT, "4", world)
 
 
+class LeavingError(BaseException):
+    """As libraries raise to get past every `except Exception`."""
+
+
+@pytest.mark.parametrize("error", [SystemExit(2), LeavingError()], ids=repr)
+@pytest.mark.parametrize("is_coroutine", [False, True])
+async def test_a_reward_cannot_end_the_run(error: BaseException, is_coroutine: bool) -> None:
+    """The user's checker calls `sys.exit()`: that is one failed answer, not the end of training."""
+
+    def judge(prompt: Prompt, answer: str) -> float:
+        raise error
+
+    async def judge_later(prompt: Prompt, answer: str) -> float:
+        return judge(prompt, answer)
+
+    for world in (WORLD, SIMULATED):
+        with pytest.raises(RewardError, match=rf"reward judge.* {type(error).__name__}\(.* on prompt p7"):
+            await score(judge_later if is_coroutine else judge, PROMPT, "4", world)
+
+
+def test_ctrl_c_during_a_coroutine_reward_is_still_ctrl_c() -> None:
+    async def judge(prompt: Prompt, answer: str) -> float:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(score(judge, PROMPT, "4", WORLD))
+
+
 async def test_a_stray_cancellation_in_a_coroutine_reward_is_its_failure() -> None:
     async def judge(prompt: Prompt, answer: str) -> float:
         raise asyncio.CancelledError("stray")
