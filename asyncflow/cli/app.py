@@ -6,7 +6,8 @@ Nothing heavy is imported before a command needs it, so that help is there at on
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -84,7 +85,8 @@ def run(
     if dry_run:
         _show_plan(found, config, root)
         return
-    from asyncflow.recipes import runner
+    with torch_needed():
+        from asyncflow.recipes import runner
 
     progress = progress_on(Console())
     summary = _watch(progress, root, lambda: runner.run(found, config, root, progress))
@@ -94,7 +96,8 @@ def run(
 @app.command(context_settings=SETTINGS_FOLLOW, epilog="Example: asyncflow resume blue-fox steps=200")
 def resume(run: Run, words: Words = None, root: Root = output.DEFAULT_ROOT) -> None:
     """Continue a run that was interrupted, or go on with one that is finished."""
-    from asyncflow.recipes import runner
+    with torch_needed():
+        from asyncflow.recipes import runner
 
     folder = find_run(run, root)
     recipe = read_config(folder).recipe
@@ -118,6 +121,8 @@ def simulate(
     if not all(bound.strip().isdecimal() for bound in bounds.split(",")):
         raise ConfigError(f"--bounds {bounds!r}: expected whole numbers >= 0 with commas between, such as 0,1,2")
     config = configure(load_recipe(recipe), recipe, words or [])
+    if config.steps < 1:
+        raise ConfigError("steps=0: there is nothing to simulate; give steps >= 1")
     times = Times(rollout_s=rollout_s, sigma=sigma, train_s=train_s, load_s=load_s)
     output.show_simulations(compare(config, times, [int(bound) for bound in bounds.split(",")]), as_json=as_json)
 
@@ -142,7 +147,8 @@ def evaluate(
         raise ConfigError("--greedy gives the same answer each time: leave out --temperature and --pass-at")
     folder = find_run(run, root)
     settings = read_config(folder).evaluate
-    from asyncflow.recipes import runner
+    with torch_needed():
+        from asyncflow.recipes import runner
 
     numbers = runner.evaluate(
         folder,
@@ -164,7 +170,8 @@ def export(
     source = find_run(run, root)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunFolderError(f"{folder} is not empty: give a new folder")
-    from asyncflow.recipes import runner
+    with torch_needed():
+        from asyncflow.recipes import runner
 
     runner.export(source, folder)
     print(harmless(f"{folder} holds the model of {source.name}"))
@@ -203,10 +210,20 @@ def configure(recipe: Recipe, word: str, words: list[str]) -> RunConfig:
     return recipe.configure(file=Path(word) if word.endswith(".toml") else None, words=words)
 
 
+@contextmanager
+def torch_needed() -> Iterator[None]:
+    """For imports of what runs models: raises `ConfigError` where a package of the extra is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"this command needs {error.name}: pip install 'asyncflow[torch]'") from error
+
+
 def _show_plan(recipe: Recipe, config: RunConfig, root: Path) -> None:
     if config.name:
         check_free(root, config.name, World(seed=config.seed))
-    from asyncflow.recipes import runner
+    with torch_needed():
+        from asyncflow.recipes import runner
 
     where = ("run folder", str(root / (config.name or "(a new name)")))
     output.show_rows([*runner.dry_run(recipe, config), where], title="This would run. Nothing was started.")
@@ -232,4 +249,6 @@ def _show_summary(summary: RunSummary, recipe: str) -> None:
         before=summary.accuracy_before,
         after=summary.accuracy_after,
         elapsed_s=summary.elapsed_s,
+        dropped=summary.dropped,
+        failures=summary.failures,
     )

@@ -113,7 +113,15 @@ def show_simulations(simulations: Mapping[int, Simulation], *, as_json: bool) ->
 
 
 def show_summary(
-    folder: Path, *, recipe: str, steps: int, before: float | None, after: float | None, elapsed_s: float
+    folder: Path,
+    *,
+    recipe: str,
+    steps: int,
+    before: float | None,
+    after: float | None,
+    elapsed_s: float,
+    dropped: Mapping[str, int],
+    failures: Sequence[str],
 ) -> None:
     """How a run ended, and what to try next."""
     console = Console()
@@ -122,7 +130,12 @@ def show_summary(
         done.append("   held-out accuracy ").append(f"{before:.1%} → {after:.1%}", "bold green")
     console.print(done, soft_wrap=True, highlight=False)
     word = run_word(folder)
-    show_rows([("run folder", f"{folder}")])
+    rows = [("run folder", f"{folder}")]
+    if dropped:
+        rows.append(
+            ("dropped", ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in dropped.items()))
+        )
+    show_rows([*rows, *(("failed", failure) for failure in failures)])
     show_rows(
         [
             (f"asyncflow eval {word} --pass-at 4", "is one of four answers right?"),

@@ -21,6 +21,14 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class ColumnsConfig(Section):
+    """Which column of the data holds what, in recipes that read `data`."""
+
+    text: str = Field("prompt", description="column with the text of a prompt")
+    answer: str = Field("answer", description="column with the reference answer")
+    id: str = Field("", description="column with a name for each prompt; empty numbers them")
+
+
 class SamplingConfig(Section):
     """How rollouts are sampled: from the whole distribution.
 
@@ -115,6 +123,7 @@ class RunConfig(Section):
     groups_per_step: int = Field(32, ge=1, description="prompts in an optimizer step")
     group_size: int = Field(8, ge=1, description="rollouts of each prompt")
 
+    columns: ColumnsConfig = ColumnsConfig()
     sampling: SamplingConfig = SamplingConfig()
     rollout: RolloutConfig = RolloutConfig()
     train: TrainConfig = TrainConfig()

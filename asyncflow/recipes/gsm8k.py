@@ -1,7 +1,8 @@
 """Grade-school maths (GSM8K), with a real model or a small one built on the spot.
 
-`data` is a folder with `train.jsonl` and `test.jsonl` (columns `question` and `answer`, the
-final number after `####`), or the name of a data set of the hub with these columns. The
+`data` is a folder with `train.jsonl` and `test.jsonl`, or the name of a data set of the hub. Its
+columns are `question` and `answer`, the final number after `####`; others are named by
+`columns.text` and `columns.answer`. The
 reward is 1 when the completion ends in the right number (`asyncflow.recipes.answers`).
 
 `model=tiny` (the default) trains a byte-level tokenizer on the data, builds a Qwen2 of 4
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from asyncflow.core.config import (
     AlgorithmConfig,
+    ColumnsConfig,
     EvaluateConfig,
     RolloutConfig,
     RunConfig,
@@ -33,10 +35,11 @@ from asyncflow.core.types import Demonstration, Prompt
 from asyncflow.core.world import derive_seed
 from asyncflow.data.prompts import read_prompts
 from asyncflow.recipes.answers import final_number, is_right, without_annotations
-from asyncflow.recipes.recipe import Task
+from asyncflow.recipes.recipe import Task, is_size
 from asyncflow.rollout.rewards import single_turn
 
 SIZES = ("tiny",)
+COLUMNS = ColumnsConfig(text="question", answer="answer")
 TINY_TEMPLATE = "Question: {text}\nAnswer:\n"
 TEMPLATE = "{text}\n\nReason step by step. End with a line that holds #### and the final number."
 SOLUTION = "solution"
@@ -52,6 +55,7 @@ def defaults() -> RunConfig:
         recipe="gsm8k",
         model="tiny",
         data="openai/gsm8k",
+        columns=COLUMNS,
         steps=20,
         max_staleness=1,
         groups_per_step=8,
@@ -61,7 +65,7 @@ def defaults() -> RunConfig:
         train=TrainConfig(learning_rate=1e-4, micro_batch_tokens=4_096),
         algorithm=AlgorithmConfig(clip_low=0.2, clip_high=0.28),
         warmup=WarmupConfig(steps=200, batch_size=16, learning_rate=FROM_SCRATCH_LEARNING_RATE),
-        evaluate=EvaluateConfig(every=10, num_prompts=64, final_num_prompts=256),
+        evaluate=EvaluateConfig(every=10, num_prompts=64, final_num_prompts=1_319),
     )
 
 
@@ -73,6 +77,7 @@ def defaults_for(model: str) -> RunConfig:
         recipe="gsm8k",
         model=model,
         data="openai/gsm8k",
+        columns=COLUMNS,
         steps=200,
         max_staleness=1,
         groups_per_step=32,
@@ -87,14 +92,14 @@ def defaults_for(model: str) -> RunConfig:
 
 def task(config: RunConfig) -> Task:
     """Problems, reward and model for this configuration."""
-    is_built = config.model in SIZES
+    is_built = is_size(config.model, SIZES)
     if not is_built:
         _check_warmup(config)
     template = TINY_TEMPLATE if is_built else TEMPLATE
-    train = _problems(config.data, "train", template)
+    train = _problems(config, "train", template)
     return Task(
         train=train,
-        held_out=_problems(config.data, "test", template),
+        held_out=_problems(config, "test", template),
         agent=single_turn(reward),
         model=lambda folder: _build_model(config, train, folder) if is_built else config.model,
         demonstrations=[Demonstration(prompt=prompt, completion=prompt.fields[SOLUTION]) for prompt in train],
@@ -115,12 +120,21 @@ def _check_warmup(config: RunConfig) -> None:
         )
 
 
-def _problems(source: str, split: str, template: str) -> list[Prompt]:
+def _problems(config: RunConfig, split: str, template: str) -> list[Prompt]:
     """The prompts of a split, each with its reference number and its solution to imitate."""
+    source, columns = config.data, config.columns
     if not source:
         raise ConfigError("gsm8k needs data: data=FOLDER with train.jsonl and test.jsonl, or data=openai/gsm8k")
     subset = "main" if source == "openai/gsm8k" else ""
-    prompts = read_prompts(source, text="question", split=split, subset=subset, template=template)
+    prompts = read_prompts(
+        source,
+        text=columns.text,
+        answer=columns.answer,
+        id=columns.id,
+        split=split,
+        subset=subset,
+        template=template,
+    )
     for prompt in prompts:
         if final_number(prompt.answer) is None:
             raise ConfigError(f"{source}, {split}, {prompt.id}: the answer ends in no number: {prompt.answer[-80:]!r}")

@@ -24,9 +24,10 @@ def with_absolute_paths(config: RunConfig, recipe: Recipe) -> RunConfig:
     (`tiny`) stays that word whatever lies around.
     """
     changed = {}
+    own = recipe.defaults().model
     if config.data and Path(config.data).exists():
         changed["data"] = str(Path(config.data).absolute())
-    if config.model != recipe.defaults().model and Path(config.model).is_dir():
+    if (config.model != own or "/" in own) and Path(config.model).is_dir():
         changed["model"] = str(Path(config.model).absolute())
     return config.model_copy(update=changed)
 
@@ -94,9 +95,9 @@ def _lengths(texts: Iterable[tuple[Prompt, tuple[str, str]]], renderer: Renderer
     sized = [(len((asked + said).encode("utf-8", "replace")), prompt, asked, said) for prompt, (asked, said) in texts]
     measured, left = [], MAX_BYTES_TOKENIZED
     for size, prompt, asked, said in sorted(sized, key=lambda one: -one[0]):
-        left -= size
-        if size <= longer_than or left < 0:
+        if size <= longer_than or left <= 0:
             break
+        left -= size
         tokens = len(_tokens(renderer.prompt_ids, asked, prompt))
         tokens += len(_tokens(renderer.completion_ids, said, prompt)) if said else 0
         measured.append(Length(prompt=prompt.id, tokens=tokens))

@@ -33,7 +33,7 @@ from asyncflow.core.config import (
 from asyncflow.core.errors import ConfigError
 from asyncflow.core.types import Demonstration, Prompt
 from asyncflow.core.world import World, derive_seed
-from asyncflow.recipes.recipe import Task
+from asyncflow.recipes.recipe import Task, is_size
 from asyncflow.rollout.rewards import single_turn
 
 ALPHABET = "0123456789+=;>"
@@ -145,7 +145,7 @@ def _check_apart(held_out: list[Prompt], trained_on: list[Prompt]) -> None:
 
 def _build_model(config: RunConfig, folder: Path) -> str:
     """A Llama of 0.6 million parameters in `folder`, or whatever `model` names."""
-    if config.model != "tiny":
+    if not is_size(config.model, ("tiny",)):
         return config.model
     from asyncflow.engines.models import build_character_model  # here, so that the problems need no torch
 

@@ -100,6 +100,19 @@ def load_recipe(word: str) -> Recipe:
     return _recipe(importlib.import_module(f"asyncflow.recipes.{word}"), name=word)
 
 
+def is_size(model: str, sizes: Sequence[str]) -> bool:
+    """Whether `model` is one of the sizes that a recipe builds, rather than a folder or a hub name.
+
+    Raises `ConfigError` for what looks like a misspelt size.
+    """
+    if model in sizes:
+        return True
+    meant = nearest(model, sizes)
+    if meant is not None and not Path(model).exists():
+        raise ConfigError(f"model={model} is neither a folder nor a size that this recipe builds.{did_you_mean(meant)}")
+    return False
+
+
 def check_task(task: Task, config: RunConfig) -> None:
     """Raise `ConfigError` with every reason why this task cannot be trained."""
     problems = list(_problems(task, config))

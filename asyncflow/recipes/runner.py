@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -42,6 +42,8 @@ from asyncflow.recipes.session import Session, open_session, reinforcement_phase
 from asyncflow.workflow.checkpoint import EMPTY_LEDGER, newest_checkpoint, read_ledger
 from asyncflow.workflow.checkpoint_folder import checkpoint_step, has_checkpoints, set_aside_newer
 from asyncflow.workflow.evaluation import evaluate as answer_all
+from asyncflow.workflow.failures import FAILED
+from asyncflow.workflow.meter import DROPPED
 from asyncflow.workflow.reinforce import evaluation_parts, evaluations_at_once, make_gate, reinforce, rollout_parts
 from asyncflow.workflow.warmup import tokenize, warm_up
 
@@ -59,13 +61,18 @@ TRAINING_FILES = ("optimizer*", "trainer*", "ledger.json", "manifest.json")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
-    """How a run ended. Accuracies are held-out; None where none was measured."""
+    """How a run ended. Accuracies are held-out; None where none was measured.
+
+    `dropped` counts groups by reason; `failures` are the first failed rollouts of each reason.
+    """
 
     folder: Path
     steps: int
     accuracy_before: float | None
     accuracy_after: float | None
     elapsed_s: float
+    dropped: Mapping[str, int]
+    failures: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,15 +167,22 @@ async def _run(folder: RunFolder, task: Task, world: World, progress: Progress, 
     finally:
         observer.flush()
         progress.close()
-    accuracies = [
-        float(metric.values["accuracy"]) for metric in read_metrics(folder.path) if metric.kind == "evaluation"
-    ]
+    return _summary(folder.path, config, world.now_s() - start_s)
+
+
+def _summary(folder: Path, config: RunConfig, elapsed_s: float) -> RunSummary:
+    metrics = read_metrics(folder)
+    accuracies = [float(metric.values["accuracy"]) for metric in metrics if metric.kind == "evaluation"]
+    last = next((metric.values for metric in reversed(metrics) if metric.kind == "step"), {})
+    told = [str(metric.values.get("message", "")) for metric in metrics if metric.kind == "health"]
     return RunSummary(
-        folder=folder.path,
+        folder=folder,
         steps=config.steps,
         accuracy_before=accuracies[0] if accuracies else None,
         accuracy_after=accuracies[-1] if accuracies else None,
-        elapsed_s=world.now_s() - start_s,
+        elapsed_s=elapsed_s,
+        dropped={name.removeprefix(DROPPED): int(n) for name, n in last.items() if name.startswith(DROPPED)},
+        failures=tuple(dict.fromkeys(text for text in told if text.startswith(FAILED))),
     )
 
 

@@ -9,6 +9,9 @@ from asyncflow.core.errors import FailureBudgetError, RolloutError
 
 WINDOW = 1024
 
+FAILED = "a rollout failed and its group was dropped"
+"""How the message begins that tells the first failure of each reason."""
+
 
 class FailureBudget:
     """Allows `max_failures` failed groups among the last 1,024. The first of each reason is told to `tell`."""
@@ -24,7 +27,7 @@ class FailureBudget:
         self._recent.append(error.reason)
         if error.reason not in self._told:
             self._told.add(error.reason)
-            self._tell(f"a rollout failed and its group was dropped ({error.reason}): {error}")
+            self._tell(f"{FAILED} ({error.reason}): {error}")
         failures = Counter(reason for reason in self._recent if reason)
         if failures.total() > self._max_failures:
             reason, count = failures.most_common(1)[0]

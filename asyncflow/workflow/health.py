@@ -16,10 +16,11 @@ RECENT = 5
 
 @dataclass(slots=True)
 class Health:
-    """Reads step records and answers with what is wrong, each thing once until it recovers."""
+    """Reads step records and evaluations and answers with what is wrong, each thing once until it recovers."""
 
     max_staleness: int
     best_reward: float = 0.0
+    best_accuracy: float = 0.0
     first_entropy: float = 0.0
     rewards: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
     said: set[str] = field(default_factory=set)
@@ -37,13 +38,24 @@ class Health:
         self.said = set(found)
         return new
 
+    def check_accuracy(self, accuracy: float, stderr: float) -> list[str]:
+        """A warning when the held-out accuracy is clearly below its best: a third of it, and four standard errors."""
+        self.best_accuracy = max(self.best_accuracy, accuracy)
+        if accuracy >= 0.66 * self.best_accuracy or accuracy + 4 * stderr >= self.best_accuracy:
+            return []
+        return [
+            f"held-out accuracy fell from {self.best_accuracy:.1%} to {accuracy:.1%}: {self._remedy()}",
+        ]
+
+    def _remedy(self) -> str:
+        lower = " and a lower max_staleness" if self.max_staleness > 1 else ""
+        return f"the policy is collapsing. Go back to a checkpoint with a lower train.learning_rate{lower}"
+
     def _problems(self, values: Mapping[str, float], mean_reward: float) -> Iterator[tuple[str, str]]:
         if self.best_reward > 0.1 and mean_reward < 0.66 * self.best_reward:
             yield (
                 "reward",
-                f"the reward fell from {self.best_reward:.2f} to {mean_reward:.2f}: the policy is collapsing. "
-                "Go back to a checkpoint (asyncflow resume) with a lower train.learning_rate"
-                + (", or a lower max_staleness" if self.max_staleness > 1 else ""),
+                f"the reward fell from {self.best_reward:.2f} to {mean_reward:.2f}: {self._remedy()}",
             )
         if self.first_entropy > 0 and values.get("entropy", self.first_entropy) < 0.02 * self.first_entropy:
             yield (

@@ -16,6 +16,9 @@ from asyncflow.workflow.totals import StepTotals
 
 Span = tuple[float, float]
 
+DROPPED = "dropped_"
+"""How the names begin under which a step's record counts dropped groups by reason."""
+
 
 class Meter:
     """Turns reports into records. Engines are given it as their observer."""
@@ -69,7 +72,7 @@ class Meter:
             "admitted": counts.admitted,
             "trained": counts.trained,
             "dropped": sum(counts.dropped.values()),
-            **{f"dropped_{reason.replace(' ', '_')}": count for reason, count in counts.dropped.items()},
+            **{DROPPED + reason.replace(" ", "_"): count for reason, count in counts.dropped.items()},
             "queued_groups": held,
             "train_busy": train / seconds,
             "rollout_busy": rollout / seconds,

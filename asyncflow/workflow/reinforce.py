@@ -73,7 +73,9 @@ async def reinforce(config: RunConfig, setup: Setup[TensorT], snapshot: LedgerSn
 
     async def after_publish(version: PolicyVersion) -> None:
         if is_evaluated(config, version.step):
-            await measure(config, setup, parts, version)
+            result = await measure(config, setup, parts, version)
+            for message in health.check_accuracy(result.accuracy, result.stderr):
+                meter.record("health", {"message": message, "step": version.step})
 
     async def after_step(report: StepReport, totals: StepTotals) -> None:
         record = meter.step(report, totals, queue.counts(), queue.num_groups_held, setup.world.now_s())
@@ -86,7 +88,7 @@ async def reinforce(config: RunConfig, setup: Setup[TensorT], snapshot: LedgerSn
     loop = LoopConfig(
         steps=config.steps,
         groups_per_step=config.groups_per_step,
-        concurrent_groups=(1 + config.max_staleness) * config.groups_per_step,
+        concurrent_groups=min(1 + config.max_staleness, max(1, config.steps)) * config.groups_per_step,
         micro_batch_tokens=config.train.micro_batch_tokens,
     )
     loop_parts = LoopParts(

@@ -21,6 +21,8 @@ class Summary:
     accuracy_before: float | None
     accuracy_after: float | None
     elapsed_s: float
+    dropped: dict[str, int] = field(default_factory=lambda: {"no_signal": 40, "reward": 1})
+    failures: tuple[str, ...] = ("a rollout failed and its group was dropped (reward): reward f raised",)
 
 
 @dataclass

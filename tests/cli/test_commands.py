@@ -50,6 +50,8 @@ def test_run_resolves_the_configuration_and_says_what_next(runner: FakeRunner, c
     out = capsys.readouterr().out
     assert "done 3 steps in 2:41   held-out accuracy 28.3% → 79.1%" in out
     assert re.search(r"run folder +runs/2026-11-20-blue-fox", out)
+    assert re.search(r"dropped +40 no signal, 1 reward", out)
+    assert re.search(r"failed +a rollout failed and its group was dropped \(reward\): reward f raised", out)
     assert "asyncflow eval blue-fox --pass-at 4" in out
     assert "asyncflow export blue-fox my-model" in out
     assert "asyncflow run quickstart max_staleness=0" in out
@@ -230,3 +232,25 @@ def test_every_command_shows_an_example(command: str, capsys: Out) -> None:
 def test_the_version_is_printed(capsys: Out) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"asyncflow {asyncflow.__version__}\n"
+
+
+def test_simulate_compares_bounds_and_refuses_nonsense(capsys: Out) -> None:
+    words = [
+        "quickstart",
+        "steps=4",
+        "groups_per_step=2",
+        "--train-s",
+        "2",
+        "--sigma",
+        "0",
+        "--bounds",
+        "0,1",
+        "--json",
+    ]
+    assert main(["simulate", *words]) == 0
+    synchronous, asynchronous = json.loads(capsys.readouterr().out)
+    assert (synchronous["bound"], synchronous["staleness_max"], synchronous["ratio"]) == (0, 0, 1.0)
+    assert asynchronous["ratio"] > 1
+    assert main(["simulate", "quickstart", "--bounds", "0,x"]) == 2
+    assert main(["simulate", "quickstart", "steps=0"]) == 2
+    assert "nothing to simulate" in capsys.readouterr().err

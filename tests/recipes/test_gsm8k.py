@@ -78,6 +78,21 @@ def test_a_warm_up_that_would_ruin_a_real_model_is_refused(data: Path) -> None:
     assert len(task(gentle).demonstrations) == 1
 
 
+def test_other_columns_are_mapped_by_settings(tmp_path: Path) -> None:
+    row = {"problem": NATALIA["question"], "solution": NATALIA["answer"]}
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row))
+    words = [f"data={tmp_path}", "columns.text=problem", "columns.answer=solution"]
+    assert task(load_recipe("gsm8k").configure(words=words)).train[0].answer == "72"
+    with pytest.raises(ConfigError, match="no column 'question' for text"):
+        task(load_recipe("gsm8k").configure(words=words[:1]))
+
+
+def test_a_misspelt_size_is_no_hub_name(data: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model=tinny is neither a folder nor a size.* Did you mean tiny\?"):
+        task(configure(data, model="tinny"))
+
+
 def test_data_is_needed_and_must_have_answers(data: Path) -> None:
     with pytest.raises(ConfigError, match="gsm8k needs data: data=FOLDER"):
         task(configure(""))

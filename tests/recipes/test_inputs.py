@@ -88,8 +88,14 @@ def test_of_very_much_text_only_the_longest_is_measured(monkeypatch: pytest.Monk
     monkeypatch.setattr(inputs, "MAX_BYTES_TOKENIZED", 100)
     letters = Letters()
     [told] = check_lengths(task_of(1, *range(40, 60)), letters, 62, CONFIG)
-    assert told.startswith("1 of 22 prompts")
-    assert letters.num_tokenized == 2
+    assert told.startswith("2 of 22 prompts")
+    assert letters.num_tokenized == 3
+
+
+def test_one_text_longer_than_what_is_measured_is_measured_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "MAX_BYTES_TOKENIZED", 100)
+    with pytest.raises(ConfigError, match=r"1 of 3 prompts leave no room .* such as 'p500'"):
+        check_lengths(task_of(1, 500), Letters(), 62, CONFIG)
 
 
 def test_a_text_that_the_tokenizer_refuses_is_named() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,16 @@ def defaults():
 def task(config):
     return 1 / config.max_staleness
 '''
+
+
+CARDS = """from __future__ import annotations
+from dataclasses import dataclass
+
+@dataclass
+class Card:
+    suits: list[int]
+
+"""
 
 
 def prompt(name: str, text: str = "") -> Prompt:
@@ -67,6 +78,21 @@ def test_a_users_file_is_a_recipe_and_its_name_finds_it_again(tmp_path: Path) ->
     recipe = load_recipe(str(file))
     assert (recipe.name, recipe.summary, recipe.defaults().steps) == (str(file), "My task.", 5)
     assert load_recipe(recipe.name).summary == "My task."
+
+
+def test_a_users_file_may_hold_dataclasses_with_postponed_annotations(tmp_path: Path) -> None:
+    """`dataclass` looks a class's module up in `sys.modules`."""
+    file = tmp_path / "with_classes.py"
+    file.write_text(CARDS + OWN.partition("\n")[2].partition('"""\n')[2])
+    assert load_recipe(str(file)).defaults().steps == 5
+
+
+def test_a_users_file_that_fails_leaves_no_module_behind(tmp_path: Path) -> None:
+    file = tmp_path / "broken_one.py"
+    file.write_text("1 / 0\n")
+    with pytest.raises(ConfigError, match="ZeroDivisionError"):
+        load_recipe(str(file))
+    assert not [name for name in sys.modules if "broken_one" in name]
 
 
 def test_errors_of_the_users_file_say_the_line(tmp_path: Path) -> None:

@@ -86,3 +86,13 @@ def test_one_bad_step_is_no_collapse() -> None:
 
 def test_a_record_without_these_numbers_is_passed_over() -> None:
     assert warnings([{"loss": 1.0}] * 10) == []
+
+
+def test_a_held_out_accuracy_clearly_below_its_best_is_said() -> None:
+    health = Health(max_staleness=2)
+    assert health.check_accuracy(0.9, 0.02) == []
+    assert health.check_accuracy(0.62, 0.02) == []
+    [said] = health.check_accuracy(0.5, 0.02)
+    assert said.startswith("held-out accuracy fell from 90.0% to 50.0%")
+    assert "max_staleness" in said
+    assert Health(max_staleness=0).check_accuracy(0.0, 0.0) == []
