@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -184,9 +184,9 @@ def load_tokenizer(name: str) -> TextTokenizer:
         raise ConfigError(f"{name} does not exist: expected the folder of a model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # damaged files raise all kinds
         raise ConfigError(
-            f"{name} is neither the folder nor the hub name of a model with a tokenizer: {error}"
+            f"{name} is neither the folder nor the hub name of a model with a tokenizer: {cause(error)}"
         ) from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {name} has no end token, so no completion could ever end")
@@ -194,10 +194,20 @@ def load_tokenizer(name: str) -> TextTokenizer:
 
 
 def check_weights(name: str) -> None:
-    """Raise `ConfigError` where a model folder holds no weights. A hub name is not looked into."""
+    """Raise `ConfigError` where a model folder holds no weights, or a file of them is damaged or cut short.
+
+    Reads their headers only. A hub name is not looked into.
+    """
     folder = Path(name)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+    files = sorted(folder.glob("*.safetensors"))
+    if folder.is_dir() and not files:
         raise ConfigError(f"{name} is a folder without weights that can be used: {SAFE_WEIGHTS}")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{file} can't be read: {error}. {SAFE_WEIGHTS}") from error
 
 
 def open_weights(name: str, device: str, dtype: torch.dtype, *, attention: str | None = None) -> PreTrainedModel:
@@ -225,8 +235,8 @@ def context_length(name: str) -> int:
     """
     try:
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{name} has no configuration that can be read: {error}") from error
+    except Exception as error:  # damaged files raise all kinds
+        raise ConfigError(f"{name} has no configuration that can be read: {cause(error)}") from error
     return context_of(config)
 
 
@@ -246,6 +256,15 @@ def context_of(config: PretrainedConfig) -> int:
         if kind in kinds or not has_layer_types:
             limits.append(getattr(text, setting, None))
     return min(limit for limit in (*limits, UNLIMITED) if limit)
+
+
+def cause(error: Exception) -> str:
+    """What a library said about a file; the kind of error too, without which many texts say nothing.
+
+    >>> cause(KeyError("added_tokens"))
+    "KeyError: 'added_tokens'"
+    """
+    return f"{type(error).__name__}: {error}"
 
 
 @contextmanager

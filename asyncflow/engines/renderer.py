@@ -12,15 +12,16 @@ So three sources are asked, the surest first:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol, cast
 
 import numpy as np
-from jinja2 import TemplateError
 from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from asyncflow.core.errors import ConfigError
 from asyncflow.core.types import IntArray
-from asyncflow.engines.models import TextTokenizer, load_tokenizer
+from asyncflow.engines.models import TextTokenizer, cause, load_tokenizer
 
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 """Stands for what the policy said, where only what follows it is wanted."""
@@ -43,6 +44,7 @@ class TokenizerRenderer:
     """Renders with a tokenizer: by its chat template where it has one, else plain text."""
 
     def __init__(self, model: str) -> None:
+        self._model = model
         self._tokenizer: TextTokenizer = load_tokenizer(model)
         self._template = cast(ChatTemplate, self._tokenizer)
         self.is_chat = self._template.chat_template is not None
@@ -86,8 +88,10 @@ class TokenizerRenderer:
         end = self._tokenizer.eos_token_id
         try:
             listed = GenerationConfig.from_pretrained(model).eos_token_id
-        except OSError:  # there are none, which is usual for models that are not for chats
-            listed = None
+        except Exception as error:
+            if not isinstance(error, OSError) or (Path(model) / GENERATION_CONFIG_NAME).exists():
+                raise ConfigError(f"{GENERATION_CONFIG_NAME} of {model} can't be read: {cause(error)}") from error
+            listed = None  # there are no such settings, which is usual for models that are not for chats
         if listed is None:
             return [end]
         stops = [listed] if isinstance(listed, int) else list(listed)
@@ -97,7 +101,7 @@ class TokenizerRenderer:
         """The token that ends a turn: the one in the chat template, else the first of `stops`."""
         try:
             rest = self._after_answer("?") if self.is_chat else None
-        except TemplateError:  # it can't show a second turn: `next_ids` says so to whoever needs one
+        except ConfigError:  # it can't show a second turn: `next_ids` says so to whoever needs one
             rest = None
         following = self._encode((rest or "").lstrip(), special=False)[:1].tolist()
         special = [*stops, *self._template.all_special_ids]
@@ -111,7 +115,14 @@ class TokenizerRenderer:
         return rest if found else None
 
     def _render(self, conversation: list[dict[str, str]]) -> str:
-        return self._template.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        """A conversation as text. A template is a program, so it may raise anything: then, a `ConfigError`."""
+        try:
+            return self._template.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        except Exception as error:
+            size = "one message" if len(conversation) == 1 else f"{len(conversation)} messages"
+            raise ConfigError(
+                f"the chat template of {self._model} can't render a conversation of {size}: {cause(error)}"
+            ) from error
 
     def _encode(self, text: str, *, special: bool) -> IntArray:
         return np.array(self._tokenizer.encode(text, add_special_tokens=special), np.int32)

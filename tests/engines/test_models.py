@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,35 @@ def test_damaged_weights_are_a_configuration_error(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ConfigError, match="can't be opened"):
         open_weights(str(tmp_path), "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -100])
+def test_the_check_refuses_truncated_weights_and_names_the_file(tmp_path: Path, keep: int) -> None:
+    build_characters(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    with pytest.raises(ConfigError, match=rf"{weights} can't be read.*safetensors only"):
+        check_weights(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", "3", '"x"', "null"])
+def test_damaged_files_are_a_configuration_error_or_harmless(tmp_path: Path, name: str, content: str) -> None:
+    build_characters(tmp_path)
+    (tmp_path / name).write_text(content)
+    for use in (load_tokenizer, context_length):
+        with suppress(ConfigError):
+            use(str(tmp_path))
+
+
+def test_a_damaged_tokenizer_and_configuration_say_their_cause(tmp_path: Path) -> None:
+    build_characters(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"with a tokenizer: KeyError: '"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"no configuration that can be read: \w+Error: "):
+        context_length(str(tmp_path))
 
 
 def test_the_context_is_known_without_weights(tmp_path: Path) -> None:

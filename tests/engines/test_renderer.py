@@ -116,6 +116,31 @@ def test_a_template_that_hides_the_answer_has_no_second_turn(tmp_path: Path) -> 
         renderer.next_ids("2")
 
 
+@pytest.mark.parametrize("template", ["{{ 1 // 0 }}", "{% for", "{{ messages[0] + 1 }}", "{{ raise_exception('no') }}"])
+def test_a_template_that_raises_is_a_configuration_error(tmp_path: Path, template: str) -> None:
+    folder = build_characters(tmp_path)
+    add_template(folder, template)
+    with pytest.raises(ConfigError, match=rf"the chat template of {folder} can't render .*Error: "):
+        TokenizerRenderer(folder).prompt_ids("1")
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "{"])
+def test_damaged_generation_settings_are_a_configuration_error(tmp_path: Path, content: str) -> None:
+    folder = build_characters(tmp_path)
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(ConfigError, match=rf"generation_config.json of {folder} can't be read: "):
+        TokenizerRenderer(folder)
+
+
+def test_a_template_that_shows_one_turn_only_has_no_second(tmp_path: Path) -> None:
+    folder = build_characters(tmp_path)
+    add_template(folder, "{{ messages[0].content }}{{ 1 // (3 - messages | length) if messages | length > 1 }}")
+    renderer = TokenizerRenderer(folder)
+    assert renderer.prompt_ids("1").tolist() == [1]
+    with pytest.raises(ConfigError, match="can't render a conversation of 3 messages: ZeroDivisionError"):
+        renderer.next_ids("2")
+
+
 def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
     folder = build_characters(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(folder)
