@@ -237,6 +237,8 @@ class TorchRolloutEngine:
             case Busy():
                 self.num_tokens += message.num_tokens
                 self._observer.span(ROLE, "decode", message.start_s, message.end_s)
+            case Ready() | Refused() if self._ready.done():
+                pass  # closed meanwhile: nobody waits for it
             case Ready():
                 self._ready.set_result(message)
                 self._pulse.begin()
