@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -147,7 +148,12 @@ def _load_file(file: Path) -> Recipe:
     if spec is None or spec.loader is None:
         raise ConfigError(f"{file}: Python cannot load it")
     module = importlib.util.module_from_spec(spec)
-    _placed(spec.loader.exec_module, file)(module)
+    sys.modules[spec.name] = module  # where dataclasses and others look up what a class's annotations mean
+    try:
+        _placed(spec.loader.exec_module, file)(module)
+    except BaseException:
+        sys.modules.pop(spec.name, None)
+        raise
     recipe = _recipe(module, name=str(file))
     return Recipe(
         name=recipe.name,
