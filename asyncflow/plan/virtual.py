@@ -83,21 +83,21 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 def run_virtually(main: Coroutine[None, None, ResultT], *, seed: int | None = None) -> ResultT:
     """Run a coroutine to its end in virtual time. Raises `DeadlockError` instead of hanging.
 
-    Raises `RuntimeError` when the coroutine leaves tasks behind: structured code never does.
+    Raises `RuntimeError` when the coroutine leaves tasks behind, also when it failed or was
+    cancelled: structured code never does.
     """
     loop = VirtualLoop(seed)
     asyncio.set_event_loop(loop)
     task = loop.create_task(main, name="main")
     try:
-        result = loop.run_until_complete(task)
-        left = [other.get_name() for other in asyncio.all_tasks(loop)]
-        if left:
-            raise RuntimeError(f"tasks left running: {sorted(left)}")
-        return result
+        return loop.run_until_complete(task)
     finally:
+        left = sorted(other.get_name() for other in asyncio.all_tasks(loop)) if task.done() else []
         _cancel_all(loop)
         asyncio.set_event_loop(None)
         loop.close()
+        if left:
+            raise RuntimeError(f"tasks left running: {left}")
 
 
 def _cancel_all(loop: VirtualLoop) -> None:

@@ -1,7 +1,8 @@
 """The real main loop under a thousand drawn schedules: whatever happens, the promises hold.
 
 Each seed draws the sizes of the run, the times of everything, the order of simultaneous
-events, failures, drops and the moment at which the run is killed and resumed.
+events, failures, drops, and for every fourth the moment at which the run is first cancelled
+and begun again. Other tests draw crashes and the checkpoint from which a run is resumed.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from asyncflow.core.types import Prompt
 from asyncflow.data.gate import Gate
 from asyncflow.engines.scripted import Script
 from asyncflow.plan.simulate import Simulation, simulate
+from asyncflow.plan.virtual import run_virtually
 from asyncflow.rollout.chat import Agent, Chat
 
 NUM_SCHEDULES = 1000
@@ -120,6 +123,9 @@ def test_promises_hold_under_drawn_schedules(first: int) -> None:
         config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_failures": 100_000})})
         failure_rate, trouble = float(rng.choice([0.0, 0.05, 0.15])), float(rng.choice([0.0, 0.02, 0.2]))
         script, agent = draw_script(rng, failure_rate=failure_rate), draw_agent(rng, trouble=trouble)
+        if seed % 4 == 0:
+            with suppress(TimeoutError):  # which may also come too late; no task is left either way
+                simulate(config, script, agent=agent, seed=seed, interrupt_at_s=float(rng.exponential(3.0)))
         result = simulate(config, script, agent=agent, seed=seed)
         check_promises(config, result)
         assert not set(result.counts.dropped) - {"failed", "timeout", "no signal", "agent"}
@@ -175,6 +181,20 @@ def test_cancelling_a_run_at_any_moment_ends_every_task(seed: int) -> None:
     except TimeoutError:
         return  # `run_virtually` itself refuses to leave tasks behind
     check_promises(config, result)
+
+
+@pytest.mark.parametrize("error", [None, TimeoutError("interrupted")])
+def test_a_task_that_is_left_behind_is_an_error_however_the_run_ended(error: Exception | None) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        left = asyncio.Task(asyncio.Event().wait(), loop=loop, name="stray")
+        await asyncio.sleep(1)
+        assert not left.done()
+        if error is not None:
+            raise error
+
+    with pytest.raises(RuntimeError, match=r"tasks left running: \['stray'\]"):
+        run_virtually(main())
 
 
 def test_equal_seeds_give_equal_runs() -> None:
