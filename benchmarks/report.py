@@ -53,7 +53,7 @@ def print_table(rows: Sequence[Row], title: str = "") -> None:
     for row in rows:
         met = "" if row.met is None else "yes" if row.met else "no"
         table.add_row(row.name, f"{row.value:.4g}", row.unit, row.spread, row.goal, met)
-    Console(width=max(Console().width, 140)).print(table)
+    Console(width=max(Console().width, 160)).print(table)
 
 
 def write_json(file: Path, rows: Sequence[Row], seeds: Sequence[int]) -> None:

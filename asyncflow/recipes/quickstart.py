@@ -49,7 +49,7 @@ def defaults() -> RunConfig:
     return RunConfig(
         recipe="quickstart",
         model="tiny",
-        steps=60,
+        steps=100,
         max_staleness=1,
         groups_per_step=32,
         group_size=8,
