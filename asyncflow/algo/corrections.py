@@ -59,9 +59,9 @@ class Decoupled:
     gets one gradient step, that is the current policy, detached. Then the ratio to it is 1,
     its clip never binds, and only the weight corrects.
 
-    Tokens with a weight above `max_weight` are left out of the numerator and stay in the
-    denominator: the rule of AReaL's published code (`behav_imp_weight_cap`; later its mask
-    mode), which the paper does not mention.
+    Tokens with a weight above `max_weight` are left out of the numerator, as AReaL's published
+    code does (`behav_imp_weight_cap`); that they stay in the denominator is this project's
+    choice, so that the denominator does not depend on the policy.
     """
 
     clip_low: float
