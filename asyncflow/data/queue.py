@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -151,8 +151,8 @@ class TransferQueue:
     def write(self, batch: MicroBatch, column: str, values: Ragged) -> None:
         """Add a column to the rows of a batch, in the batch's order."""
         self._store.write(batch.rows, column, values)
-        for ticket in dict.fromkeys(row.ticket for row in batch.rows):
-            self._ledger.write(ticket, sum(row.ticket == ticket for row in batch.rows), column)
+        for ticket, num_rows in Counter(row.ticket for row in batch.rows).items():
+            self._ledger.write(ticket, num_rows, column)
         self._settle()
 
     def acknowledge(self, lease: Lease) -> None:

@@ -7,7 +7,7 @@ Equal arguments give equal weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import sqrt
 from pathlib import Path
@@ -110,11 +110,7 @@ def build_character_model(
         eos_token_id=vocabulary[END],
         pad_token_id=vocabulary[PAD],
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-    with progress_bars_hidden():
-        model.save_pretrained(folder)
+    _write_model(lambda: LlamaForCausalLM(config), folder, seed)
     _wrap(tokenizer, max_len).save_pretrained(folder)
 
 
@@ -155,11 +151,7 @@ def build_text_model(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(config)
-    with progress_bars_hidden():
-        model.save_pretrained(folder)
+    _write_model(lambda: Qwen2ForCausalLM(config), folder, seed)
     tokenizer.save_pretrained(folder)
 
 
@@ -277,6 +269,15 @@ def progress_bars_hidden() -> Iterator[None]:
     finally:
         if were_enabled:
             hf_logging.enable_progress_bar()
+
+
+def _write_model(make: Callable[[], PreTrainedModel], folder: Path, seed: int) -> None:
+    """Draw the first weights from the seed, whatever else draws, and save them."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = make()
+    with progress_bars_hidden():
+        model.save_pretrained(folder)
 
 
 def _wrap(tokenizer: Tokenizer, max_len: int) -> PreTrainedTokenizerFast:

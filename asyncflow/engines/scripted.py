@@ -62,7 +62,6 @@ class ScriptedRollout:
     slots: int = 1024
     observer: Observer = field(default_factory=NullObserver)
     live: PolicyVersion = field(default_factory=lambda: PolicyVersion(step=0))
-    num_loads: int = 0
     _places: asyncio.Semaphore = field(init=False)
 
     def __post_init__(self) -> None:
@@ -104,7 +103,6 @@ class ScriptedRollout:
         """Take the drawn time; completions go on meanwhile under the old weights."""
         rng = self.world.rng("load", weights.version.step)
         await asyncio.sleep(self.script.load_s(rng))
-        self.num_loads += 1
         self.live = weights.version
         return weights.version
 

@@ -105,8 +105,9 @@ def run(recipe: Recipe, config: RunConfig, runs_dir: Path, progress: Progress) -
 
 def resume(folder: Path, words: Sequence[str], progress: Progress) -> RunSummary:
     """Go on from a run's newest checkpoint, or from the beginning; `words` may change settings."""
-    recipe = load_recipe(read_config(folder).recipe)
-    before = with_absolute_paths(read_config(folder), recipe)
+    before = read_config(folder)
+    recipe = load_recipe(before.recipe)
+    before = with_absolute_paths(before, recipe)
     config = with_absolute_paths(resolve(before, words=words), recipe)
     changed = [name for name in FIXED if getattr(before, name) != getattr(config, name)]
     if changed:

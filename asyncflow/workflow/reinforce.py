@@ -75,13 +75,13 @@ async def reinforce(config: RunConfig, setup: Setup[TensorT], snapshot: LedgerSn
         if is_evaluated(config, version.step):
             result = await measure(config, setup, parts, version)
             for message in health.check_accuracy(result.accuracy, result.stderr):
-                meter.record("health", {"message": message, "step": version.step})
+                tell_health(meter, message, step=version.step)
 
     async def after_step(report: StepReport, totals: StepTotals) -> None:
         record = meter.step(report, totals, queue.counts(), queue.num_groups_held, setup.world.now_s())
         meter.record("step", record)
         for message in health.check(record):
-            meter.record("health", {"message": message, "step": report.version.step})
+            tell_health(meter, message, step=report.version.step)
         if is_saved(config, report.version.step):
             await setup.save(report.version.step, queue.snapshot())
 
@@ -191,9 +191,9 @@ async def measure(config: RunConfig, setup: Setup[TensorT], parts: RolloutParts,
     return result
 
 
-def tell_health(meter: Meter, text: str) -> None:
-    """Record that something is wrong which does not end the run."""
-    meter.record("health", {"message": text})
+def tell_health(meter: Meter, text: str, **where: int) -> None:
+    """Record that something is wrong which does not end the run, and where, such as at which step."""
+    meter.record("health", {"message": text, **where})
 
 
 def evaluations_at_once(config: RunConfig) -> int:
