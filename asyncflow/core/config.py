@@ -122,6 +122,7 @@ class RunConfig(Section):
     look_ahead: int = Field(1, ge=1, description="groups within which young ones may overtake a slow one; 1 is strict")
     groups_per_step: int = Field(32, ge=1, description="prompts in an optimizer step")
     group_size: int = Field(8, ge=1, description="rollouts of each prompt")
+    deterministic: bool = Field(False, description="bit-equal runs and resumes; costs speed")
 
     columns: ColumnsConfig = ColumnsConfig()
     sampling: SamplingConfig = SamplingConfig()

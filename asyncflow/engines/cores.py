@@ -4,6 +4,10 @@ Two processes that each take all cores disturb each other; a core given to a rol
 waits is lost. So training computes on the cores that rollout leaves: on all of them while
 no completion is being sampled. Decoding small models gains nothing from a second thread
 (`LOG.md`), so rollout keeps its number.
+
+A deterministic run computes on one thread for each role, or on the configured numbers:
+bits depend on the number, so it can follow neither from what else is running nor from how
+many cores there are where the run is resumed.
 """
 
 from __future__ import annotations
@@ -29,9 +33,9 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def rollout_threads(config: RolloutConfig) -> int:
+def rollout_threads(config: RolloutConfig, *, deterministic: bool = False) -> int:
     """Threads that the rollout engine computes on: the configured number, else half of the cores."""
-    return config.threads or max(1, num_cores() // 2)
+    return config.threads or (1 if deterministic else max(1, num_cores() // 2))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -49,8 +53,8 @@ class Cores:
         total = num_cores()
         return cls(
             total=total,
-            rollout_threads=rollout_threads(config.rollout),
-            train_threads=config.train.threads,
+            rollout_threads=rollout_threads(config.rollout, deterministic=config.deterministic),
+            train_threads=config.train.threads or (1 if config.deterministic else 0),
         )
 
     def for_training(self) -> int:

@@ -32,6 +32,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from asyncflow.core.errors import ConfigError
+from asyncflow.engines.bit_equal import aligned
 
 END = "<eos>"
 """The token that ends a completion, in the models built here."""
@@ -212,7 +213,7 @@ def open_weights(name: str, device: str, dtype: torch.dtype, *, attention: str |
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 name, dtype=dtype, attn_implementation=attention, use_safetensors=True
             )
-        return model.to(device).eval()
+        return aligned(model.to(device).eval())
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"{name} can't be opened as a causal language model on {device}: {error}. {SAFE_WEIGHTS}"

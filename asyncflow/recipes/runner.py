@@ -226,6 +226,7 @@ async def _reference(session: Session, folder: Path) -> TorchScorer:
         temperature=config.sampling.temperature,
         observer=session.meter,
         num_threads=session.cores.for_training,
+        deterministic=config.deterministic,
     )
 
 
@@ -255,7 +256,12 @@ async def _evaluate(
 ) -> dict[str, float]:
     world = World(seed=config.seed)
     async with start_rollout_engine(
-        model=str(checkpoint), config=config.rollout, world=world, channel=None, log=folder / "logs" / "eval.log"
+        model=str(checkpoint),
+        config=config.rollout,
+        world=world,
+        channel=None,
+        log=folder / "logs" / "eval.log",
+        deterministic=config.deterministic,
     ) as engine:
         parts = rollout_parts(config, engine, TokenizerRenderer(str(checkpoint)), task.agent, world)
         parts = evaluation_parts(parts, temperature)

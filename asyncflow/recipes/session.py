@@ -94,6 +94,7 @@ async def open_session(
         observer=meter,
         num_threads=cores.for_training,
         disk=world.disk,
+        deterministic=config.deterministic,
     )
     try:
         async with (
@@ -104,6 +105,7 @@ async def open_session(
                 channel=trainer.channel,
                 log=folder / "logs" / "rollout.log",
                 observer=meter,
+                deterministic=config.deterministic,
             ) as rollout,
             asyncio.TaskGroup() as watch,
         ):

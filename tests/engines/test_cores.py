@@ -16,9 +16,12 @@ class Engine:
     num_running: int = 0
 
 
-def divide(cores: int, monkeypatch: pytest.MonkeyPatch, *, rollout: int = 0, train: int = 0) -> Cores:
+def divide(
+    cores: int, monkeypatch: pytest.MonkeyPatch, *, rollout: int = 0, train: int = 0, deterministic: bool = False
+) -> Cores:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
-    return Cores.of(RunConfig(rollout=RolloutConfig(threads=rollout), train=TrainConfig(threads=train)))
+    roles = {"rollout": RolloutConfig(threads=rollout), "train": TrainConfig(threads=train)}
+    return Cores.of(RunConfig.model_validate({**roles, "deterministic": deterministic}))
 
 
 @pytest.mark.parametrize(("cores", "for_rollout", "left"), [(1, 1, 1), (2, 1, 1), (3, 1, 2), (8, 4, 4), (64, 32, 32)])
@@ -49,3 +52,14 @@ def test_numbers_that_are_given_are_taken(monkeypatch: pytest.MonkeyPatch) -> No
     more = divide(2, monkeypatch, rollout=6)
     more.rollout = Engine(num_running=1)
     assert more.for_training() == 1
+
+
+@pytest.mark.parametrize(("given", "taken"), [(0, 1), (3, 3)])
+def test_a_deterministic_run_takes_the_same_number_on_any_machine(
+    given: int, taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for cores in (1, 2, 64):
+        division = divide(cores, monkeypatch, rollout=given, train=given, deterministic=True)
+        assert (division.rollout_threads, division.for_training()) == (taken, taken)
+        division.rollout = Engine(num_running=1)
+        assert division.for_training() == taken

@@ -93,6 +93,11 @@ class SlotCache:
         for memory in (*self._keys, *self._values):
             memory[list(targets), :, :length] = memory[list(sources), :, :length]
 
+    def clear(self, rows: Sequence[int]) -> None:
+        """Forget what rows hold. Hidden columns must be finite: a weight of 0 does not hide a NaN."""
+        for memory in (*self._keys, *self._values):
+            memory[list(rows)] = 0
+
     def _append(self, memory: Tensor, states: Tensor) -> Tensor:
         _, heads, columns, size = memory.shape
         rows = len(self._positions)

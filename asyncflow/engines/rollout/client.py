@@ -110,10 +110,17 @@ class TorchRolloutEngine:
         return self._ready.result()
 
     async def start(
-        self, *, model: str, config: RolloutConfig, world: World, channel: MemoryChannel | None, log: Path
+        self,
+        *,
+        model: str,
+        config: RolloutConfig,
+        world: World,
+        channel: MemoryChannel | None,
+        log: Path,
+        deterministic: bool = False,
     ) -> None:
         """Start the child; returns once it can serve. Raises `ConfigError`, or `EngineLostError` if it dies."""
-        threads = rollout_threads(config)
+        threads = rollout_threads(config, deterministic=deterministic)
         self._child = await start_child(
             world,
             WORKER,
@@ -131,6 +138,7 @@ class TorchRolloutEngine:
             threads=threads,
             channel_fd=channel.fd if channel else 0,
             manifest=channel.manifest.encode() if channel else b"",
+            deterministic=deterministic,
         )
         self._connection.send(settings)
         await self._ready
@@ -306,16 +314,21 @@ async def start_rollout_engine(
     log: Path,
     observer: Observer | None = None,
     silence_limit_s: float = SILENCE_LIMIT_S,
+    deterministic: bool = False,
 ) -> AsyncIterator[TorchRolloutEngine]:
     """A running engine for `model`, a folder or hub name; its process ends with the block.
 
     The child's output goes to the end of the file `log`. A child that says nothing for
-    `silence_limit_s`, although asked, is killed: choose more than the longest step. Raises `ConfigError` when the model
-    can't be served as configured.
+    `silence_limit_s`, although asked, is killed: choose more than the longest step. With `deterministic`, completions
+    are sampled one after the other, and the bits of each follow from its prompt, parameters, seed and the weights,
+    whatever else is asked for, in whatever order and process. Raises `ConfigError` when the model can't be served as
+    configured.
     """
     engine = TorchRolloutEngine(observer or NullObserver(), silence_limit_s=silence_limit_s)
     try:
-        await engine.start(model=model, config=config, world=world, channel=channel, log=log)
+        await engine.start(
+            model=model, config=config, world=world, channel=channel, log=log, deterministic=deterministic
+        )
         yield engine
     finally:
         await engine.aclose()

@@ -3,12 +3,17 @@
 The decoder keeps one promise: the log-probability of every token is that of the policy
 version named with it. So when the weights change in mid-completion, the keys and values of
 the running rows, which the old weights computed, are computed again.
+
+The last bits of a log-probability depend on the shapes of what is computed: on how many rows
+there are and how long the longest is. A decoder that works `alone` runs one completion from
+its first token to its last, in a cache of its own, so that every shape and every number
+follows from the request and the weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -44,13 +49,22 @@ class Prefix:
 class Decoder:
     """Samples completions from a model. Not thread-safe: one loop drives it.
 
-    `on_progress` is called in the middle of long steps.
+    `on_progress` is called in the middle of long steps. `alone` runs one request at a time,
+    whatever the limits say, and gives equal requests equal bits.
     """
 
-    def __init__(self, model: PreTrainedModel, limits: Limits, on_progress: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        limits: Limits,
+        on_progress: Callable[[], None] = lambda: None,
+        *,
+        alone: bool = False,
+    ) -> None:
         self._on_progress = on_progress
         self._model = model
-        self._limits = limits
+        self._is_alone = alone
+        self._limits = limits = replace(limits, max_running=1) if alone else limits
         self._scheduler = Scheduler(limits)
         self._batch = Batch(limits.max_running)
         self._cache = SlotCache()
@@ -99,6 +113,8 @@ class Decoder:
         self._admit()
         tokens, lengths = (torch.from_numpy(column.copy()).to(self._model.device) for column in self._batch.inputs())
         logits = decode(self._model, self._cache, tokens, lengths, self._batch.longest)
+        if self._is_alone:
+            logits = logits.cpu()  # on a GPU, torch has no cumulative sum that gives equal bits
         sampled, logprobs = sample(logits, self._batch.sampling())
         done = self._batch.append(sampled.cpu().numpy(), logprobs.cpu().numpy())
         return self._collect(done, logprobs.cpu().numpy())
@@ -114,6 +130,8 @@ class Decoder:
         requests = self._scheduler.admit()
         if not requests:
             return
+        if self._is_alone:
+            self._cache = SlotCache()  # what ran before leaves neither its numbers nor its capacity behind
         known = {row.prompt_key: index for index, row in enumerate(self._batch.rows)}
         first = len(self._batch)
         for request in requests:
@@ -155,6 +173,8 @@ class Decoder:
             Failed(request=self._batch.rows[row].request, kind="non_finite", reason=f"log-probability {logprobs[row]}")
             for row in np.flatnonzero(broken).tolist()
         )
+        if failed:
+            self._cache.clear(np.flatnonzero(broken).tolist())
         chunks = tuple(self._batch.chunks())
         finished = tuple(self._batch.finished(row) for row in np.flatnonzero(done & ~broken).tolist())
         ended = np.flatnonzero(done | broken).tolist()

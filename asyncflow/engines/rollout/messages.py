@@ -20,7 +20,10 @@ LENGTH_BYTES = 4
 
 
 class Start(msgspec.Struct, frozen=True, tag="start"):
-    """First message: which model to serve, and how. `manifest` is empty without a weight channel."""
+    """First message: which model to serve, and how. `manifest` is empty without a weight channel.
+
+    With `deterministic`, a completion's bits follow from its request and the weights alone.
+    """
 
     model: str
     device: str
@@ -29,6 +32,7 @@ class Start(msgspec.Struct, frozen=True, tag="start"):
     threads: int
     channel_fd: int
     manifest: bytes
+    deterministic: bool
 
 
 class Generate(msgspec.Struct, frozen=True, tag="generate"):

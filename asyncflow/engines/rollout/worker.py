@@ -13,12 +13,14 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from asyncflow.core.errors import AsyncFlowError, ConfigError, WeightSyncError
+from asyncflow.engines.bit_equal import bit_equal
 from asyncflow.engines.channel import Manifest, MemoryChannel
 from asyncflow.engines.devices import pick_device
 from asyncflow.engines.rollout.decoder import Decoder
@@ -183,9 +185,11 @@ def build(start: Start, link: Link) -> tuple[Worker, Ready]:
     limits = Limits(
         max_running=start.max_running, prefill_tokens=PREFILL_TOKENS, cache_tokens=cache_tokens(model, device)
     )
-    worker = Worker(link, Decoder(model, limits, LifeSigns(link)), Weights(model, channel))
+    decoder = Decoder(model, limits, LifeSigns(link), alone=start.deterministic)
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    return worker, Ready(device=device, vocabulary=vocabulary, context=context_limit(model))
+    return Worker(link, decoder, Weights(model, channel)), Ready(
+        device=device, vocabulary=vocabulary, context=context_limit(model)
+    )
 
 
 def cache_tokens(model: PreTrainedModel, device: str) -> int:
@@ -210,9 +214,10 @@ def main(arguments: Sequence[str]) -> int:
         start = link.receive(block=True)[0]
         if not isinstance(start, Start):
             raise AsyncFlowError(f"the first message must be a start, not {start!r}")
-        worker, ready = build(start, link)
-        link.send([ready])
-        worker.run()
+        with bit_equal() if start.deterministic else nullcontext():
+            worker, ready = build(start, link)
+            link.send([ready])
+            worker.run()
     except ConfigError as error:
         link.send([Refused(problems=error.problems)])
         return 2

@@ -138,5 +138,5 @@ class Optimizer:
         for full_name, tensor in state.items():
             key, _, name = full_name.partition(".")
             parameter = self._parameters[name]
-            self._adamw.state[parameter][key] = tensor.to(parameter.device)
+            self._adamw.state[parameter][key] = tensor.to(parameter.device, copy=True)  # a file's address is any
         self.steps = steps

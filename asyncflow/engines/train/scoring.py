@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -23,13 +24,15 @@ class Scorer:
     """A model, how to run it, and the temperature its log-probs are taken at.
 
     With `half` the forward pass runs in bfloat16, where that is safe; log-probs are always
-    computed in float32.
+    computed in float32. With `alone`, `logprobs` runs each sample by itself, so that its bits do
+    not depend on what else is in the batch.
     """
 
     model: PreTrainedModel
     forward: Forward
     temperature: float
     half: bool
+    alone: bool = False
 
     def score(self, batch: MicroBatch, wanted_T: BoolArray) -> tuple[Tensor, Tensor]:
         """Log-prob of each wanted token given those before it, and the entropy there; `[T]`, 0 elsewhere.
@@ -65,8 +68,15 @@ class Scorer:
     @torch.no_grad()
     def logprobs(self, batch: MicroBatch) -> FloatArray:
         """Log-prob of every token given those before it, `[T]`; 0 for a sample's first."""
-        logprobs_T, _ = self.score(batch, np.ones(batch.num_tokens, np.bool_))
-        return cast(FloatArray, logprobs_T.cpu().numpy())
+        parts = _one_by_one(batch) if self.alone else [batch]
+        scores = [self.score(part, np.ones(part.num_tokens, np.bool_))[0].cpu().numpy() for part in parts]
+        return np.concatenate([np.zeros(0, np.float32), *scores])
+
+
+def _one_by_one(batch: MicroBatch) -> Iterator[MicroBatch]:
+    """The tokens of each sample, as a batch of its own."""
+    for index, token_ids in enumerate(batch.columns[TOKEN_IDS].rows()):
+        yield MicroBatch(rows=batch.rows[index : index + 1], columns={TOKEN_IDS: Ragged.stack([token_ids])})
 
 
 def _is_first(lengths_S: IntArray) -> BoolArray:

@@ -34,8 +34,9 @@ class TimedCalls:
         start_s = clock()
 
         def compute() -> ResultT:
-            # The number belongs to the compute thread: OpenMP keeps one for each thread that asks.
-            if num_threads and num_threads != torch.get_num_threads():
+            # OpenMP keeps a number for each thread that asks, MKL one for the process, which another
+            # compute thread may have set since: so it is set again, though it may be ours already.
+            if num_threads:
                 torch.set_num_threads(num_threads)
             return call()
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,8 @@ from asyncflow.core.metrics import NullObserver, Observer
 from asyncflow.core.ports import Loss
 from asyncflow.core.types import FloatArray, MicroBatch, PolicyVersion, StepReport, WeightsRef
 from asyncflow.core.world import Disk, RealDisk
-from asyncflow.engines.channel import MemoryChannel
+from asyncflow.engines.bit_equal import bit_equal, fixed
+from asyncflow.engines.channel import MemoryChannel, fingerprint
 from asyncflow.engines.train.checkpoint import TrainerState, read_state, read_weights, write_checkpoint
 from asyncflow.engines.train.compute_thread import ComputeThread
 from asyncflow.engines.train.export import channel_shapes, to_bits
@@ -43,6 +44,11 @@ class TorchTrainEngine:
     The model is in evaluation mode throughout: dropout would make the ratio to the policy
     that sampled a random number. So nothing is random here, and equal calls give equal weights.
 
+    The same calls give the same bits if each computes on as many threads as before: a
+    `deterministic` engine asks for the number once, and any other can be told, through
+    `num_threads`, the `last_num_threads` of the calls to be repeated. On a GPU, only a
+    `deterministic` one does.
+
     `channel` is where `export_weights` writes; start readers with its descriptor.
     """
 
@@ -57,7 +63,12 @@ class TorchTrainEngine:
         observer: Observer,
         num_threads: Callable[[], int],
         disk: Disk,
+        deterministic: bool,
     ) -> None:
+        self._held = ExitStack()
+        num_threads = fixed(num_threads) if deterministic else num_threads
+        self._deterministic = deterministic
+        self._last_num_threads = 0
         self._disk = disk
         self._num_threads = num_threads
         self._loaded = loaded
@@ -72,6 +83,7 @@ class TorchTrainEngine:
         self._exports = ComputeThread("asyncflow-export")
         self._weights_lock = threading.Lock()  # the export thread reads parameters, the compute thread steps them
         self._is_open = True
+        self._held.enter_context(bit_equal() if deterministic else nullcontext())
 
     @classmethod
     async def open(
@@ -85,11 +97,13 @@ class TorchTrainEngine:
         observer: Observer | None = None,
         num_threads: Callable[[], int] | None = None,
         disk: Disk | None = None,
+        deterministic: bool = False,
     ) -> TorchTrainEngine:
         """Load a model folder or hub name. `export_dtype` is the rollout engine's. Raises `ConfigError`.
 
         `num_threads` is asked before every call that computes, on how many CPU threads; 0 leaves
-        the number as it is. Without it, `config.threads` holds.
+        the number as it is. Without it, `config.threads` holds. With `deterministic` it is asked
+        once, 0 is 1, and torch uses nothing that depends on timing in this process until `aclose`.
         """
         loader = ComputeThread("asyncflow-load")
         try:
@@ -106,12 +120,22 @@ class TorchTrainEngine:
             observer=observer or NullObserver(),
             num_threads=num_threads or (lambda: config.threads),
             disk=disk or RealDisk(),
+            deterministic=deterministic,
         )
 
     @property
     def version(self) -> PolicyVersion:
         """The weights that the next gradient is taken at; without a fingerprint, which exporting computes."""
         return self._version
+
+    @property
+    def last_num_threads(self) -> int:
+        """CPU threads that the last `accumulate` or `apply` computed on; 0 before the first.
+
+        To repeat a call bit for bit, compute on as many. It is not exact while a `TorchScorer` of
+        this process computes on another number at the same time: MKL knows one for the process.
+        """
+        return self._last_num_threads
 
     async def begin_phase(self, phase: Phase) -> None:
         """Go on with a fresh optimizer, no gradients, and version 0 of the same lineage."""
@@ -154,6 +178,14 @@ class TorchTrainEngine:
         threads = self._num_threads() or torch.get_num_threads()
         return await self._exports.run(partial(self._export, threads))
 
+    async def fingerprint(self) -> str:
+        """A hash of the float32 weights after all calls made so far; equal only if every bit is.
+
+        Exports of another dtype hide small differences; a float32 export has this very fingerprint.
+        Optimizer state and gradients do not count.
+        """
+        return await self._compute.run(self._fingerprint)
+
     async def save(self, folder: Path) -> None:
         """Write model, tokenizer, optimizer state and version into `folder`, which exists.
 
@@ -173,7 +205,7 @@ class TorchTrainEngine:
         if self._is_open:
             self._is_open = False
             with ExitStack() as releases:  # also when this call is cancelled
-                for release in (self.channel.close, self._exports.close, self._compute.close):
+                for release in (self._held.close, self.channel.close, self._exports.close, self._compute.close):
                     releases.callback(release)
                 for thread in (self._compute, self._exports):
                     await thread.run(lambda: None)
@@ -192,21 +224,33 @@ class TorchTrainEngine:
 
     def _make_scorer(self, phase: Phase) -> Scorer:
         loaded = self._loaded
-        return Scorer(model=loaded.model, forward=loaded.forward, temperature=phase.temperature, half=self._half)
+        return Scorer(
+            model=loaded.model,
+            forward=loaded.forward,
+            temperature=phase.temperature,
+            half=self._half,
+            alone=self._deterministic,
+        )
 
     def _accumulate(self, batch: MicroBatch, loss: Loss[Tensor]) -> None:
         if batch.num_tokens == 0:  # ranks get equally many micro-batches, so some are empty
             return
+        self._last_num_threads = torch.get_num_threads()
         output = loss(self._scorer.inputs(batch, loss))
         self._sums.add(batch, output)
         torch.autograd.backward(output.loss)
 
     def _apply(self, denominator: float) -> StepReport:
+        self._last_num_threads = torch.get_num_threads()
         with self._weights_lock:
             grad_norm, rate = self._optimizer.step(denominator)
             self._version = PolicyVersion(step=self._version.step + 1, lineage=self._version.lineage)
         sums, self._sums = self._sums, StepSums()
         return sums.report(self._version, denominator, grad_norm, rate)
+
+    def _fingerprint(self) -> str:
+        bits = {name: ("float32", to_bits(parameter, "float32")) for name, parameter in self._parameters.items()}
+        return fingerprint(bits, threads=torch.get_num_threads())
 
     def _save(self, folder: Path) -> None:
         self._loaded.save_tokenizer(folder)
