@@ -42,6 +42,8 @@ FILE_WRITERS = {"write_text", "write_bytes", "touch", "unlink", "rename", "rmdir
 
 MAY_TOUCH_THE_WORLD = {
     "asyncflow/core/world.py": "it is the world",
+    "asyncflow/data/log_reader.py": "compaction replaces the log's segments whole",
+    "asyncflow/data/log_segments.py": "the log's thread writes, and opening it cuts what a crash left",
     "asyncflow/engines/rollout/process.py": "it owns the worker's process and the socket to it",
     "asyncflow/engines/rollout/worker.py": "it is a process of its own, outside simulation",
     "asyncflow/plan/virtual.py": "it is the simulated world: it draws schedules from a seed",

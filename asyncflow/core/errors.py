@@ -14,6 +14,7 @@
     ├── NonFiniteError         a loss, gradient or log-probability is NaN or infinite
     ├── DeadlockError          every task waits and no timer is set (virtual clock only)
     ├── RunFolderError         a run folder is missing, damaged, or holds another run
+    │   └── LogDamagedError    the durable log lacks a record that was on the disk
     └── InvariantError         asyncflow broke a promise it makes: a bug, and the run ends
         ├── StalenessError     a batch holds a token older than the bound
         ├── LedgerError        a ticket or row made a transition that must not happen
@@ -81,6 +82,10 @@ class DeadlockError(AsyncFlowError):
 
 class RunFolderError(AsyncFlowError):
     """A run folder is missing, damaged, or already holds another run."""
+
+
+class LogDamagedError(RunFolderError):
+    """The durable log lacks a record that was on the disk, or holds it changed."""
 
 
 class InvariantError(AsyncFlowError):
