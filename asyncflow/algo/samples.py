@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from asyncflow.core.columns import LOGPROBS, LOSS_MASK, REWARD, TOKEN_IDS, VERSIONS
@@ -21,15 +23,15 @@ def to_columns(group: Group) -> dict[str, Ragged]:
     }
 
 
-def demonstration_columns(prompt_ids: IntArray, completion_ids: IntArray) -> dict[str, Ragged]:
-    """The columns of one supervised sample: a row that learns the completion, not the prompt.
+def demonstration_columns(samples: Sequence[tuple[IntArray, IntArray]]) -> dict[str, Ragged]:
+    """The columns of supervised samples, (prompt tokens, completion tokens): rows that learn the completion.
 
-    >>> columns = demonstration_columns(np.array([1, 2], np.int32), np.array([7], np.int32))
+    >>> columns = demonstration_columns([(np.array([1, 2], np.int32), np.array([7], np.int32))])
     >>> columns["token_ids"].values.tolist(), columns["loss_mask"].values.tolist()
     ([1, 2, 7], [False, False, True])
     """
-    token_ids = np.concatenate([prompt_ids, completion_ids]).astype(np.int32)
+    masks = [np.arange(len(prompt) + len(completion)) >= len(prompt) for prompt, completion in samples]
     return {
-        TOKEN_IDS: Ragged.stack([token_ids]),
-        LOSS_MASK: Ragged.stack([np.arange(len(token_ids)) >= len(prompt_ids)]),
+        TOKEN_IDS: Ragged.stack([np.concatenate(sample).astype(np.int32) for sample in samples]),
+        LOSS_MASK: Ragged.stack(masks),
     }

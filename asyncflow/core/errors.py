@@ -15,6 +15,12 @@
     ├── DeadlockError          every task waits and no timer is set (virtual clock only)
     ├── RunFolderError         a run folder is missing, damaged, or holds another run
     │   └── LogDamagedError    the durable log lacks a record that was on the disk
+    ├── QueueError             a call of the transfer queue that can't be done
+    │   ├── ColumnError        a column can't be stored, or is not what its rows have
+    │   ├── StaleHandleError   rows that are no longer there, or were taken from another queue
+    │   ├── LeaseLostError     rows were acknowledged that meanwhile belong to somebody else
+    │   ├── QueueFullError     there is no room, and nothing that could give some back
+    │   └── QueueLostError     the queue's server ended or does not answer
     └── InvariantError         asyncflow broke a promise it makes: a bug, and the run ends
         ├── StalenessError     a batch holds a token older than the bound
         ├── LedgerError        a ticket or row made a transition that must not happen
@@ -86,6 +92,30 @@ class RunFolderError(AsyncFlowError):
 
 class LogDamagedError(RunFolderError):
     """The durable log lacks a record that was on the disk, or holds it changed."""
+
+
+class QueueError(AsyncFlowError):
+    """A call of the transfer queue that can't be done; the queue goes on."""
+
+
+class ColumnError(QueueError):
+    """A column can't be stored, or is not what the other rows have."""
+
+
+class StaleHandleError(QueueError):
+    """Rows were named that are no longer in the queue, or are of another queue."""
+
+
+class LeaseLostError(QueueError):
+    """Rows were acknowledged or released that are not, or no longer, leased to the caller."""
+
+
+class QueueFullError(QueueError):
+    """There is no room for the rows, and nothing is under way that could give some back."""
+
+
+class QueueLostError(QueueError):
+    """The queue's server ended, or the connection to it broke."""
 
 
 class InvariantError(AsyncFlowError):

@@ -14,7 +14,7 @@ A sample is one trainable token sequence. With prompt `12+` and completion `3=` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NewType
@@ -156,20 +156,70 @@ class Group:
     trajectories: tuple[Trajectory, ...]
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class RowId:
-    """A row of the transfer queue: sibling `index` of the group with this ticket."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """A handle of rows of the transfer queue: sibling `indices[i]` of the group with ticket `tickets[i]`.
 
-    ticket: Ticket
-    index: int
+    Tickets are never used again, so a handle names the same rows for ever, whether they are
+    still there or not. `generation` is the queue's. Select, reorder and split it like an array.
+
+    >>> rows = Rows.of_groups(np.array([4, 7]), 2)
+    >>> rows[np.array([3, 0])].tickets.tolist(), len(rows[1:])
+    ([7, 4], 3)
+    """
+
+    tickets: NDArray[np.int64]
+    indices: IntArray
+    generation: int = 0
+
+    @classmethod
+    def of_groups(cls, tickets: NDArray[np.int64], group_size: int, generation: int = 0) -> Rows:
+        """All rows of groups that have `group_size` each."""
+        indices = np.tile(np.arange(group_size, dtype=np.int32), len(tickets))
+        return cls(np.repeat(tickets, group_size) if group_size > 1 else tickets, indices, generation)
+
+    @classmethod
+    def join(cls, parts: Sequence[Rows]) -> Rows:
+        """Handles behind each other; they must be of one queue."""
+        generation = parts[0].generation
+        if any(part.generation != generation for part in parts):
+            raise ValueError("handles of different queues can't be joined")
+        tickets = np.concatenate([part.tickets for part in parts])
+        return cls(tickets, np.concatenate([part.indices for part in parts]), generation)
+
+    def __getitem__(self, places: slice | NDArray[np.integer] | NDArray[np.bool_]) -> Rows:
+        """Some of the rows, in the order of `places`."""
+        return Rows(self.tickets[places], self.indices[places], self.generation)
+
+    def __len__(self) -> int:
+        """Number of rows, S."""
+        return len(self.tickets)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether these are the same rows in the same order."""
+        return (
+            isinstance(other, Rows)
+            and self.generation == other.generation
+            and np.array_equal(self.tickets, other.tickets)
+            and np.array_equal(self.indices, other.indices)
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # it holds arrays
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ragged:
-    """A column of `S` rows with different lengths: `values [T]`, `lengths [S]` that add up to T."""
+    """A column of `S` rows with different lengths: `values [T]`, `lengths [S]` that add up to T.
+
+    Values may have further dimensions, `[T, ...]`. A row of length -1 is None. Where the
+    column `is_dense`, a row is `values[i]` itself, and all lengths are 1. `dtype` names what
+    numpy has no name for: `bfloat16`, whose bits are uint16, and `str`, whose bytes are UTF-8.
+    """
 
     values: NDArray[np.generic]
     lengths: IntArray
+    dtype: str = ""
+    is_dense: bool = False
 
     @classmethod
     def stack(cls, rows: list[NDArray[np.generic]]) -> Ragged:
@@ -181,8 +231,23 @@ class Ragged:
         return cls(values=np.concatenate(rows), lengths=np.array([len(row) for row in rows], np.int32))
 
     def rows(self) -> list[NDArray[np.generic]]:
-        """Views of the rows, one array per row."""
-        return np.split(self.values, np.cumsum(self.lengths)[:-1])
+        """Views of the rows, one array per row; those that are None are empty."""
+        return np.split(self.values, np.cumsum(np.maximum(self.lengths, 0))[:-1])
+
+    def to_list(self) -> list[NDArray[np.generic] | str | None]:
+        """The rows as they were put: arrays, strings or None.
+
+        >>> Ragged(values=np.frombuffer(b"hi", np.uint8), lengths=np.array([2, -1], np.int32), dtype="str").to_list()
+        ['hi', None]
+        """
+        if self.is_dense:
+            return [np.asarray(value) for value in self.values]
+        pairs = zip(self.rows(), self.lengths, strict=True)
+        return [None if length < 0 else _row(row, self.dtype) for row, length in pairs]
+
+
+def _row(row: NDArray[np.generic], dtype: str) -> NDArray[np.generic] | str:
+    return row.tobytes().decode() if dtype == "str" else row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,7 +257,7 @@ class MicroBatch:
     Columns are per token (lengths = tokens of the sample) or per sample (lengths all 1).
     """
 
-    rows: tuple[RowId, ...]
+    rows: Rows
     columns: Mapping[str, Ragged]
 
     @property
@@ -215,7 +280,8 @@ class StepReport:
     """What one optimizer step did.
 
     `loss` is the loss that was differentiated, `denominator` included; `metrics` holds token
-    means of what the loss function reported (entropy, ratio, …).
+    means of what the loss function reported (entropy, ratio, …). `num_threads`: on how many CPU
+    threads each micro-batch and, last, the optimizer computed; empty where that changes no bits.
     """
 
     version: PolicyVersion
@@ -225,3 +291,4 @@ class StepReport:
     num_tokens: int
     num_samples: int
     metrics: Mapping[str, float]
+    num_threads: tuple[int, ...] = ()

@@ -71,6 +71,19 @@ class Gate:
         horizon = min(live_step + 1 + self.max_staleness, self.steps)
         return rank < horizon * self.groups_per_step
 
-    def may_take(self, *, rank: int, oldest_rank: int, step: int) -> bool:
-        """Whether the group of this rank may be trained in the step after version `step`."""
-        return rank < (step + 1) * self.groups_per_step or rank < oldest_rank + self.look_ahead
+    def rank_limit(self, *, oldest_rank: int, step: int) -> int:
+        """Groups of ranks below this may be trained in the step after version `step`.
+
+        >>> gate = Gate(groups_per_step=4, max_staleness=1, steps=9, look_ahead=6)
+        >>> gate.rank_limit(oldest_rank=1, step=0), gate.rank_limit(oldest_rank=4, step=0)
+        (7, 10)
+        """
+        return max((step + 1) * self.groups_per_step, oldest_rank + self.look_ahead)
+
+    def last_step(self, rank: int) -> int:
+        """The version at which a group of this rank is trained at the latest, by the proof above.
+
+        >>> Gate(groups_per_step=4, max_staleness=1, steps=9).last_step(7)
+        1
+        """
+        return (rank + self.look_ahead - 1) // self.groups_per_step

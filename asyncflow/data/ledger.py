@@ -1,4 +1,4 @@
-"""The control plane of the transfer queue: what has become of every ticket.
+"""The control plane's state: what has become of every ticket.
 
 A ticket is admitted once and ends once, trained or dropped for a stated reason::
 
@@ -6,22 +6,54 @@ A ticket is admitted once and ends once, trained or dropped for a stated reason:
       │          │              │                  │
       └──────────┴── drop ──────┘                  └─ release: offered again
 
-**Invariant**, checked by `check`: ``admitted = trained + dropped + pending``.
+A ticket is a group of rows; in a queue without groups, one row. **Invariant**, checked by
+`check`: ``admitted = trained + dropped + pending``.
 
-Pure: no `await`, no clock, no arrays. The queue (`asyncflow.data.queue`) is the one place
-that waits for what this says. Every transition is reported to `journal` before anybody sees
-its effect.
+Pure: no `await`, no clock, no input or output. State is kept in arrays and every call works on
+all its tickets at once, so its cost depends on them and not on how many others there are.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import heapq
+from bisect import bisect_left, insort
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TypeAlias
 
-from asyncflow.core.errors import LedgerError
+import numpy as np
+from numpy.typing import NDArray
+
+from asyncflow.core.errors import LeaseLostError, LedgerError, StaleHandleError
 from asyncflow.core.types import Ticket
 from asyncflow.data.gate import Gate
+from asyncflow.data.window import Window
+
+Tickets: TypeAlias = NDArray[np.int64]
+
+MAX_COLUMNS = 63
+
+
+class State(IntEnum):
+    """Where a ticket is."""
+
+    ADMITTED = 0
+    RETURNED = 1
+    """Its rollout was lost: it waits to be issued again."""
+    PRODUCED = 2
+    TRAINED = 3
+    DROPPED = 4
+
+
+class Offer(IntEnum):
+    """Where a ticket is for one task."""
+
+    INCOMPLETE = 0
+    READY = 1
+    LEASED = 2
+    DONE = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,21 +61,13 @@ class QueueTask:
     """A consumer of the queue: it is offered a group the moment all columns in `needs` exist.
 
     The one task with `trains` ends a ticket with its acknowledgement, and is offered groups
-    by the gate's order; the others take them as they come.
+    by the gate's order; the others take them as they come. In a queue where no task trains,
+    a ticket ends when every task has acknowledged it.
     """
 
     name: str
     needs: tuple[str, ...]
     trains: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Transition:
-    """One line of the journal: what happened to a ticket, and `detail`: a reason, task or column."""
-
-    kind: str
-    ticket: Ticket
-    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,92 +82,154 @@ class LedgerCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LedgerSnapshot:
-    """What a checkpoint keeps: enough to issue unfinished tickets again and nothing twice."""
+    """What a checkpoint keeps: enough to issue unfinished tickets again and nothing twice.
+
+    `dropped_since` are the dropped tickets younger than the oldest pending one: ranks need them.
+    """
 
     admitted: int
     trained: int
     dropped: Mapping[str, int]
     pending: tuple[Ticket, ...]
+    dropped_since: tuple[Ticket, ...] = ()
 
 
 @dataclass(slots=True)
-class _Record:
-    """A pending ticket: rows in its group (0 until produced), rows written per column, takers."""
+class _TaskState:
+    """A task with the tickets it may be offered: by ticket where order matters, else as they came."""
 
-    num_rows: int = 0
-    written: Counter[str] = field(default_factory=Counter)
-    leased: set[str] = field(default_factory=set)
-    done: set[str] = field(default_factory=set)
+    task: QueueTask
+    mask: int
+    in_order: bool
+    heap: list[int] = field(default_factory=list)
+    line: deque[Tickets | range] = field(default_factory=deque)
+    num_ready: int = 0
 
-    def has(self, columns: Iterable[str]) -> bool:
-        """Whether every row has every one of the columns."""
-        return self.num_rows > 0 and all(self.written[name] == self.num_rows for name in columns)
+    def add(self, tickets: Tickets, *, first: bool = False) -> None:
+        self.num_ready += len(tickets)
+        if self.in_order:
+            for ticket in tickets.tolist():
+                heapq.heappush(self.heap, ticket)
+        elif first:
+            self.line.appendleft(tickets)
+        else:
+            self.line.append(tickets)
+
+    def add_range(self, first: int, count: int) -> None:
+        """The same for consecutive tickets; those put one by one become one range."""
+        if self.in_order:
+            return self.add(np.arange(first, first + count))
+        self.num_ready += count
+        last = self.line[-1] if self.line else None
+        if isinstance(last, range) and last.stop == first:
+            self.line[-1] = range(last.start, first + count)
+        else:
+            self.line.append(range(first, first + count))
+        return None
+
+    def pop(self, wanted: int) -> Tickets:
+        """At least one of the next tickets, at most so many; some may have been dropped or taken meanwhile."""
+        tickets = self.line.popleft()
+        if len(tickets) > wanted:
+            self.line.appendleft(tickets[wanted:])
+        if isinstance(tickets, range):
+            return np.arange(tickets.start, min(tickets.stop, tickets.start + wanted))
+        return tickets[:wanted]
 
 
 class Ledger:
     """Tickets, their columns and their takers."""
 
     def __init__(
-        self,
-        tasks: Sequence[QueueTask],
-        gate: Gate,
-        journal: Callable[[Transition], None],
-        snapshot: LedgerSnapshot | None,
+        self, tasks: Sequence[QueueTask], gate: Gate | None = None, snapshot: LedgerSnapshot | None = None
     ) -> None:
-        if sum(task.trains for task in tasks) != 1:
-            raise LedgerError("exactly one task of the queue must be the one that trains")
+        num_training = sum(task.trains for task in tasks)
+        if num_training > 1 or (gate is not None and num_training == 0):
+            raise LedgerError("exactly one task of a queue with a gate must be the one that trains")
         self.gate = gate
         self.tasks = {task.name: task for task in tasks}
-        self._journal = journal
-        self._dropped: Counter[str] = Counter(snapshot.dropped if snapshot else {})
-        self._admitted = snapshot.admitted if snapshot else 0
-        self._trained = snapshot.trained if snapshot else 0
-        self._reissue = list(snapshot.pending) if snapshot else []
-        self._records: dict[Ticket, _Record] = {ticket: _Record() for ticket in self._reissue}
-        # Undropped tickets in order of admission, from the oldest pending one on; the trained ones
-        # among them were taken ahead of it. `_before` counts the undropped tickets older than that. A
-        # snapshot does not say which trained tickets were ahead: all go to the front, which the gate allows.
-        self._line: list[Ticket] = list(self._reissue)
-        self._before = self._trained
         self.live_step: int | None = None
         self.train_step = 0
+        self._bits: dict[str, int] = {}
+        self._late: set[str] = set()
+        self._states = {
+            task.name: _TaskState(task, self._mask(task.needs), gate is not None and task.trains) for task in tasks
+        }
+        snapshot = snapshot or LedgerSnapshot(admitted=0, trained=0, dropped={}, pending=())
+        self._dropped = Counter(dict(snapshot.dropped))
+        self._trained = snapshot.trained
+        oldest = min(snapshot.pending, default=Ticket(snapshot.admitted))
+        self._window = Window(
+            {"state": (np.uint8, State.TRAINED), "rows": (np.int32, 0), "undone": (np.int16, 0)}
+            | {"again": (np.bool_, 0), "full": (np.uint64, 0)}
+            | {f"offer {name}": (np.uint8, Offer.INCOMPLETE) for name in self.tasks},
+            base=oldest,
+        )
+        self._returned: list[int] = []
+        self._line_dropped = sorted(snapshot.dropped_since)  # dropped tickets in the window, for ranks
+        self._num_dropped_before = self._dropped.total() - len(self._line_dropped)
+        self._oldest = int(oldest)  # no ticket before it is pending
+        self._extend(snapshot.admitted - oldest)
+        if snapshot.pending:
+            self._set_state(np.array(snapshot.pending, np.int64), State.ADMITTED)
+            self._returned = sorted(map(int, snapshot.pending))
+            self._set_state(np.array(self._returned, np.int64), State.RETURNED)
 
     # -- admission ---------------------------------------------------------------------------
 
     def may_admit(self) -> bool:
-        """Whether `admit` may be called now. Nothing starts before some weights are live."""
+        """Whether a ticket may be issued now. With a gate, nothing starts before some weights are live."""
+        if self.gate is None:
+            return True
         if self.live_step is None:
             return False
-        return self.gate.may_admit(rank=self._next_rank(), live_step=self.live_step)
+        next_ticket = self._returned[0] if self._returned else self._window.end
+        return self.gate.may_admit(rank=self.rank(next_ticket), live_step=self.live_step)
 
-    def _next_rank(self) -> int:
-        """The rank of the group that `admit` would issue: the oldest of those to issue again, or a new one.
+    def rank(self, ticket: int) -> int:
+        """Groups admitted before this one and not dropped."""
+        return ticket - self._num_dropped_before - bisect_left(self._line_dropped, ticket)
 
-        A ticket to issue again is held to the gate as well: the run before a resume may have had
-        a larger bound or more steps.
-        """
-        return self._before + (self._line.index(self._reissue[0]) if self._reissue else len(self._line))
-
-    def admit(self) -> Ticket:
-        """The next ticket: one that a crash left unfinished, or a new one."""
+    def admit(self, count: int = 1) -> int:
+        """The first of `count` consecutive tickets; a single one may be one whose rollout was lost."""
         if not self.may_admit():
             raise LedgerError(f"admission refused: {self.counts()}, weights live at version {self.live_step}")
-        if self._reissue:
-            ticket = self._reissue.pop(0)
-        else:
-            ticket = Ticket(self._admitted)
-            self._admitted += 1
-            self._records[ticket] = _Record()
-            self._line.append(ticket)
-        self._journal(Transition(kind="admitted", ticket=ticket))
-        return ticket
+        if self._returned and count == 1:
+            ticket = self._returned.pop(0)
+            self._set_state(np.array([ticket]), State.ADMITTED)
+            return ticket
+        return self.issue(count)
 
-    def readmit(self, ticket: Ticket) -> None:
-        """Issue a ticket again whose holder went away before it began."""
-        if self._record(ticket).num_rows:
-            raise LedgerError(f"ticket {ticket} is produced and can't be issued again")
-        self._reissue.append(ticket)
-        self._reissue.sort()
+    def issue(self, count: int) -> int:
+        """The first of `count` new tickets, whatever the gate says: for groups that exist already."""
+        first = self._window.end
+        self._extend(count)
+        self._window["state"][first - self._window.base : self._window.end - self._window.base] = State.ADMITTED
+        return first
+
+    def restore_admission(self, first: int, count: int) -> None:
+        """Issue these very tickets, as a log says: new ones, or one whose rollout was lost."""
+        if first == self._window.end:
+            self.issue(count)
+        elif count == 1 and first in self._returned:
+            self._returned.remove(first)
+            self._set_state(np.array([first]), State.ADMITTED)
+        else:
+            raise LedgerError(f"ticket {first} was admitted twice")
+
+    def readmit(self, tickets: Tickets) -> None:
+        """Issue tickets again whose rollout was lost, or whose rows can't be used; what tasks did with them is void."""
+        self._check_pending(tickets)
+        self._withdraw(tickets)
+        window, places = self._window, tickets - self._window.base
+        window["rows"][places] = 0
+        window["full"][places] = 0
+        for name in self._late:
+            window[f"rows with {name}"][places] = 0
+        self._set_state(tickets, State.RETURNED)
+        for ticket in tickets.tolist():
+            if ticket not in self._returned:
+                insort(self._returned, ticket)
 
     def advance(self, live_step: int) -> None:
         """The rollout engines serve the weights of `live_step` from now on."""
@@ -153,109 +239,198 @@ class Ledger:
 
     # -- columns -----------------------------------------------------------------------------
 
-    def produce(self, ticket: Ticket, num_rows: int, columns: Iterable[str]) -> None:
-        """The group of a ticket exists, with these columns for all its rows."""
-        record = self._record(ticket)
-        if record.num_rows or ticket in self._reissue:
-            raise LedgerError(f"ticket {ticket} was put twice, or put without being reserved")
-        if num_rows < 1:
-            raise LedgerError(f"the group of ticket {ticket} is empty")
-        self._journal(Transition(kind="produced", ticket=ticket, detail=str(num_rows)))
-        record.num_rows = num_rows
-        record.written.update(dict.fromkeys(columns, num_rows))
+    def produce(self, first: int, count: int, group_size: int, columns: Iterable[str]) -> None:
+        """The groups of consecutive tickets exist, with these columns for all their rows."""
+        window, mask = self._window, self._mask(columns)
+        places = slice(first - window.base, first - window.base + count)
+        if first < window.base or first + count > window.end or np.any(window["state"][places] != State.ADMITTED):
+            raise LedgerError(f"tickets from {first} on were put twice, or put without being reserved")
+        window["state"][places] = State.PRODUCED
+        window["rows"][places] = group_size
+        window["full"][places] = mask
+        window["undone"][places] = len(self.tasks)
+        for name, state in self._states.items():
+            if state.mask & ~mask == 0:
+                window[f"offer {name}"][places] = Offer.READY
+                state.add_range(first, count)
 
-    def write(self, ticket: Ticket, num_rows: int, column: str) -> None:
-        """So many more rows of a group have a column. Dropped tickets are passed over."""
-        if ticket not in self._records:
-            self._known(ticket)
-            return
-        record = self._records[ticket]
-        if record.written[column] + num_rows > record.num_rows:
-            raise LedgerError(f"column {column} of ticket {ticket} was written twice")
-        self._journal(Transition(kind="written", ticket=ticket, detail=column))
-        record.written[column] += num_rows
+    def write(self, tickets: Tickets, num_rows: NDArray[np.integer], column: str) -> None:
+        """So many more rows of some groups, each named once, have a column."""
+        bit, window, places = np.uint64(self._mask((column,))), self._window, tickets - self._window.base
+        if column not in self._late:
+            self._late.add(column)
+            window.add(f"rows with {column}", np.int32, 0)
+        written = window[f"rows with {column}"]
+        if np.any(window["full"][places] & bit) or np.any(written[places] + num_rows > window["rows"][places]):
+            raise LedgerError(f"column {column} of tickets {_some(tickets)} was written twice")
+        written[places] += num_rows
+        complete = tickets[written[places] == window["rows"][places]]
+        window["full"][complete - window.base] |= bit
+        self._offer(complete, int(bit))
 
-    def drop(self, ticket: Ticket, reason: str) -> None:
-        """Give a ticket up. What another task still holds of it is void."""
-        record = self._record(ticket)
-        for task in record.leased | record.done:
-            if self.tasks[task].trains:
-                raise LedgerError(f"ticket {ticket} can't be dropped: it is being trained")
-        self._journal(Transition(kind="dropped", ticket=ticket, detail=reason))
-        del self._records[ticket]
-        if ticket in self._reissue:
-            self._reissue.remove(ticket)
-        self._line.remove(ticket)
-        self._dropped[reason] += 1
-        self._shorten_line()
+    def _offer(self, tickets: Tickets, bit: int) -> None:
+        """Offer groups to the tasks for which the column of this bit was the last one missing."""
+        window, places = self._window, tickets - self._window.base
+        for name, state in self._states.items():
+            if state.mask & bit == 0:
+                continue
+            needs, offers = np.uint64(state.mask), window[f"offer {name}"]
+            ready = tickets[(window["full"][places] & needs == needs) & (offers[places] == Offer.INCOMPLETE)]
+            if len(ready):
+                offers[ready - window.base] = Offer.READY
+                state.add(ready)
+
+    def drop(self, tickets: Tickets, reason: str, *, also_trained: bool = False) -> None:
+        """Give tickets up, with `also_trained` those too that are being trained. What tasks hold of them is void."""
+        self._check_pending(tickets)
+        window, places = self._window, tickets - self._window.base
+        for name, state in self._states.items():
+            if state.task.trains and not also_trained and np.any(window[f"offer {name}"][places] >= Offer.LEASED):
+                raise LedgerError(f"tickets {_some(tickets)} can't be dropped: they are being trained")
+        self._withdraw(tickets)
+        self._set_state(tickets, State.DROPPED)
+        for ticket in tickets.tolist():
+            insort(self._line_dropped, ticket)
+            if self._returned and ticket in self._returned:
+                self._returned.remove(ticket)
+        self._dropped[reason] += len(tickets)
+        self._forget()
+
+    def _withdraw(self, tickets: Tickets) -> None:
+        """No task is offered these any longer."""
+        places = tickets - self._window.base
+        for name, state in self._states.items():
+            offers = self._window[f"offer {name}"]
+            state.num_ready -= int(np.count_nonzero(offers[places] == Offer.READY))
+            offers[places] = Offer.INCOMPLETE
+        self._window["undone"][places] = 0
 
     # -- leases ------------------------------------------------------------------------------
 
-    def takeable(self, task_name: str, max_groups: int) -> list[Ticket]:
-        """The groups a task may take now, at most so many, oldest first."""
-        task = self.tasks[task_name]
-        found: list[Ticket] = []
-        oldest_rank: int | None = None
-        for rank, ticket in enumerate(self._line, start=self._before):
-            record = self._records.get(ticket)
-            if record is None or task_name in record.leased or task_name in record.done:
-                continue
-            oldest_rank = rank if oldest_rank is None else oldest_rank
-            if task.trains and not self.gate.may_take(rank=rank, oldest_rank=oldest_rank, step=self.train_step):
-                break
-            if record.has(task.needs):
-                found.append(ticket)
-            if len(found) == max_groups:
-                break
-        return found
+    def num_ready(self, task: str) -> int:
+        """Groups that a task could be offered, were it not for the gate's order."""
+        return self._states[task].num_ready
 
-    def lease(self, task_name: str, tickets: Iterable[Ticket]) -> None:
-        """Hand groups to a task: nobody else of that task is offered them."""
-        for ticket in tickets:
-            self._journal(Transition(kind="leased", ticket=ticket, detail=task_name))
-            self._record(ticket).leased.add(task_name)
+    def take(self, task: str, max_groups: int) -> Tickets:
+        """Lease the groups that a task may have now to it, at most so many, oldest first."""
+        state = self._states[task]
+        taken = self._take_in_order(state, max_groups) if state.in_order else self._take_as_they_came(state, max_groups)
+        self._window[f"offer {task}"][taken - self._window.base] = Offer.LEASED
+        state.num_ready -= len(taken)
+        return taken
 
-    def release(self, task_name: str, tickets: Iterable[Ticket]) -> None:
-        """Take groups back unfinished: they are offered again."""
-        for ticket in tickets:
-            if ticket in self._records:
-                self._journal(Transition(kind="released", ticket=ticket, detail=task_name))
-                self._records[ticket].leased.discard(task_name)
+    def lease(self, task: str, tickets: Tickets) -> None:
+        """Lease these very groups to a task, as a log says it was."""
+        places = tickets - self._window.base
+        offers = self._window[f"offer {task}"]
+        self._states[task].num_ready -= int(np.count_nonzero(offers[places] == Offer.READY))
+        offers[places] = Offer.LEASED
 
-    def acknowledge(self, task_name: str, tickets: Iterable[Ticket]) -> list[Ticket]:
-        """A task is done with groups. Returns those whose rows nobody needs any more."""
-        return [ticket for ticket in tickets if self._finish(self.tasks[task_name], ticket)]
+    def _take_as_they_came(self, state: _TaskState, max_groups: int) -> Tickets:
+        window, wanted = self._window, min(max_groups, state.num_ready)
+        parts: list[Tickets] = []
+        offers = window[f"offer {state.task.name}"]
+        while wanted:
+            tickets = state.pop(wanted)
+            if tickets[0] < window.base:  # dropped so long ago that they are forgotten
+                tickets = tickets[tickets >= window.base]
+            is_ready = offers[tickets - window.base] == Offer.READY
+            parts.append(tickets if is_ready.all() else tickets[is_ready])
+            wanted -= len(parts[-1])
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
-    def _finish(self, task: QueueTask, ticket: Ticket) -> bool:
-        if ticket not in self._records:
-            self._known(ticket)
-            return False
-        record = self._records[ticket]
-        if task.name not in record.leased:
-            raise LedgerError(f"task {task.name} acknowledged ticket {ticket} without a lease on it")
-        self._journal(Transition(kind="trained" if task.trains else "done", ticket=ticket, detail=task.name))
-        record.leased.discard(task.name)
-        record.done.add(task.name)
-        if not task.trains:
-            return False
-        del self._records[ticket]
-        self._trained += 1
-        self._shorten_line()
-        return True
+    def _take_in_order(self, state: _TaskState, max_groups: int) -> Tickets:
+        window = self._window
+        taken: list[int] = []
+        offers = window[f"offer {state.task.name}"]
+        limit = self._rank_limit(offers)
+        while state.heap and len(taken) < max_groups and self.rank(state.heap[0]) < limit:
+            ticket = heapq.heappop(state.heap)
+            if ticket >= window.base and offers[ticket - window.base] == Offer.READY:
+                offers[ticket - window.base] = Offer.LEASED
+                taken.append(ticket)
+        return np.array(taken, np.int64)
 
-    def _shorten_line(self) -> None:
-        passed = 0
-        while passed < len(self._line) and self._line[passed] not in self._records:
-            passed += 1
-        del self._line[:passed]
-        self._before += passed
+    def _rank_limit(self, offers: NDArray[np.int64]) -> int:
+        """Groups of ranks below this may be trained now, by the gate's order."""
+        gate, window = self.gate, self._window
+        if gate is None:
+            raise LedgerError("a queue without a gate has no order")
+        states = window["state"]
+        oldest = self._first(lambda part: (states[part] <= State.PRODUCED) & (offers[part] <= Offer.READY))
+        return gate.rank_limit(oldest_rank=self.rank(oldest), step=self.train_step)
+
+    def _first(self, is_wanted: Callable[[slice], NDArray[np.bool_]]) -> int:
+        """The oldest ticket for which a condition on places in the window holds, or the next ticket."""
+        base, start, size = self._window.base, self._oldest - self._window.base, self._window.end - self._window.base
+        step = 64
+        while start < size:
+            found = is_wanted(slice(start, min(start + step, size)))
+            if found.any():
+                return base + start + int(np.argmax(found))
+            start, step = start + step, 2 * step
+        return self._window.end
+
+    def release(self, task: str, tickets: Tickets, *, is_lost: bool = False) -> Tickets:
+        """Take groups back unfinished: they are offered again, first of all. Those ended meanwhile are passed over.
+
+        `is_lost`: nobody knows what their taker did; columns that it wrote stay, and may be written again.
+        """
+        state, window = self._states[task], self._window
+        back = tickets[tickets >= window.base]
+        back = back[window[f"offer {task}"][back - window.base] == Offer.LEASED]
+        window[f"offer {task}"][back - window.base] = Offer.READY
+        window["again"][back - window.base] |= is_lost
+        if len(back):
+            state.add(back, first=True)
+        return back
+
+    def acknowledge(self, task: str, tickets: Tickets) -> Tickets:
+        """A task is done with groups; those dropped meanwhile are passed over. Returns those nobody needs any more.
+
+        Raises `LeaseLostError` unless all of the others are leased to the task.
+        """
+        state, window = self._states[task], self._window
+        known = tickets[tickets >= window.base]
+        live = known[window["state"][known - window.base] != State.DROPPED]
+        offers = window[f"offer {task}"]
+        if len(known) < len(tickets) or np.any(offers[live - window.base] != Offer.LEASED):
+            raise LeaseLostError(f"task {task} acknowledged tickets {_some(tickets)} that are not leased to it")
+        places = live - window.base
+        offers[places] = Offer.DONE
+        window["undone"][places] -= 1
+        free = live[window["undone"][places] == 0]
+        self._end(live if state.task.trains else free, state.task.trains)
+        return free
+
+    def _end(self, tickets: Tickets, is_training: bool) -> None:
+        """Tickets are trained; where no task trains, that is when all tasks are done."""
+        if is_training or not any(task.trains for task in self.tasks.values()):
+            self._set_state(tickets, State.TRAINED)
+            self._trained += len(tickets)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Move the window past tickets that have ended and are done with for every task."""
+        window = self._window
+        states, undone = window["state"], window["undone"]
+        self._oldest = self._first(lambda part: (states[part] <= State.PRODUCED) | (undone[part] > 0))
+        window.forget(self._oldest)
+        passed = bisect_left(self._line_dropped, window.base)
+        self._num_dropped_before += passed
+        del self._line_dropped[:passed]
 
     # -- accounting --------------------------------------------------------------------------
 
     def counts(self) -> LedgerCounts:
         """Where all tickets are."""
         return LedgerCounts(
-            admitted=self._admitted, trained=self._trained, dropped=dict(self._dropped), pending=len(self._records)
+            admitted=self._window.end,
+            trained=self._trained,
+            dropped=dict(self._dropped),
+            pending=len(self.pending()),
         )
 
     def check(self) -> None:
@@ -267,22 +442,74 @@ class Ledger:
     def snapshot(self) -> LedgerSnapshot:
         """What a checkpoint keeps."""
         self.check()
+        pending = tuple(map(Ticket, self.pending().tolist()))
+        oldest = pending[0] if pending else self._window.end
         return LedgerSnapshot(
-            admitted=self._admitted,
+            admitted=self._window.end,
             trained=self._trained,
             dropped=dict(self._dropped),
-            pending=tuple(sorted(self._records)),
+            pending=pending,
+            dropped_since=tuple(Ticket(ticket) for ticket in self._line_dropped if ticket > oldest),
         )
 
-    def is_pending(self, ticket: Ticket) -> bool:
-        """Whether a ticket is neither trained nor dropped."""
-        return ticket in self._records
+    def pending(self) -> Tickets:
+        """The tickets that are neither trained nor dropped, in order."""
+        window = self._window
+        start, size = self._oldest - window.base, window.end - window.base
+        return self._oldest + np.flatnonzero(window["state"][start:size] <= State.PRODUCED)
 
-    def _record(self, ticket: Ticket) -> _Record:
-        if ticket not in self._records:
-            raise LedgerError(f"ticket {ticket} is not pending: never admitted, or trained or dropped already")
-        return self._records[ticket]
+    def state_of(self, tickets: Tickets) -> NDArray[np.uint8]:
+        """The `State` of each; those long gone count as trained. Raises `StaleHandleError` for those never admitted."""
+        if len(tickets) and (tickets.min() < 0 or tickets.max() >= self._window.end):
+            raise StaleHandleError(f"tickets {_some(tickets)} were never admitted")
+        places = np.maximum(tickets - self._window.base, -1)
+        states: NDArray[np.uint8] = np.where(places < 0, State.TRAINED, self._window["state"][places]).astype(np.uint8)
+        return states
 
-    def _known(self, ticket: Ticket) -> None:
-        if not 0 <= ticket < self._admitted:
-            raise LedgerError(f"ticket {ticket} was never admitted")
+    @property
+    def num_admitted(self) -> int:
+        """Tickets ever issued; the next new one has this number."""
+        return self._window.end
+
+    def mark_redelivered(self, tickets: Tickets) -> None:
+        """Nobody knows what the takers of these did: columns that they wrote stay, and may be written again."""
+        self._window["again"][tickets - self._window.base] = True
+
+    def is_redelivered(self, tickets: Tickets) -> NDArray[np.bool_]:
+        """Whether each pending ticket was once leased to a consumer that was lost."""
+        again: NDArray[np.bool_] = self._window["again"][tickets - self._window.base].astype(np.bool_)
+        return again
+
+    def offered(self, task: str, tickets: Tickets) -> NDArray[np.uint8]:
+        """The `Offer` of each pending ticket to a task."""
+        offers: NDArray[np.uint8] = self._window[f"offer {task}"][tickets - self._window.base].astype(np.uint8)
+        return offers
+
+    def _extend(self, count: int) -> None:
+        self._window.extend(count)
+
+    def _set_state(self, tickets: Tickets, state: State) -> None:
+        self._window["state"][tickets - self._window.base] = state
+
+    def _check_pending(self, tickets: Tickets) -> None:
+        states = self.state_of(tickets)
+        if np.any(states > State.PRODUCED):
+            raise LedgerError(f"tickets {_some(tickets)} are not pending: trained or dropped already")
+
+    def _mask(self, columns: Iterable[str]) -> int:
+        """The bits of columns; each name gets the next one."""
+        mask = 0
+        for name in columns:
+            bit = self._bits.get(name)
+            if bit is None:
+                if len(self._bits) == MAX_COLUMNS:
+                    raise LedgerError(f"a queue has at most {MAX_COLUMNS} columns; {name} would be one more")
+                bit = self._bits[name] = 1 << len(self._bits)
+            mask |= bit
+        return mask
+
+
+def _some(tickets: Tickets) -> str:
+    """A few tickets, for a message."""
+    shown = ", ".join(map(str, tickets[:4].tolist()))
+    return f"{shown}, …" if len(tickets) > 4 else shown

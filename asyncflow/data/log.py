@@ -11,13 +11,13 @@ what was appended in the last `group_commit_s` and the flush after it. When the 
 record that was not on it is ever acted upon in mode `sync`, nor any appended later in either;
 a failed flush is not tried again, because the system may have dropped the pages it failed on.
 
-**How the bytes get to the disk.** Sustained for 11 s into new files, 12 records of 350 KB a
-flush, checksums included, on a virtual disk with ext4 (two rounds each, MB/s): `writev` and
+**How the bytes get to the disk.** Sustained for 11 s into new files on a virtual disk with
+ext4, 12 records of 350 KB a flush, checksums included, two runs of each (MB/s): `writev` and
 `fdatasync` 376 and 378, since the kernel throttles who fills the page cache with new pages; the
 same into allocated segments 447 and 468; `O_DIRECT` from a staging buffer 904-1218; `O_DIRECT`
 into allocated segments 773-1471; `writev`, `fdatasync` and `POSIX_FADV_DONTNEED` on what was
-flushed 1056 and 1203. The last is as fast as the disk allows within its spread, needs no
-alignment, no padding and no second path for file systems without `O_DIRECT`, so it is used.
+flushed 1056 and 1203. The last is as fast as the disk within its spread, and needs no alignment,
+no padding and no second path for file systems without `O_DIRECT`, so it is used.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from numpy.typing import NDArray
 
 from asyncflow.core.causes import disk_reason
 from asyncflow.core.errors import LedgerError, RunFolderError
+from asyncflow.core.world import sync_folder
 from asyncflow.data.log_reader import (
     MAX_META_BYTES,
     MAX_PAYLOAD_BYTES,
@@ -220,6 +221,7 @@ class FileLog:
         lock = -1
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            sync_folder(folder.parent)
             lock = lock_folder(folder)
             number, first_lsn = recover(folder)
             end = SegmentWriter(folder=folder, segment_bytes=segment_bytes, number=number, first_lsn=first_lsn)

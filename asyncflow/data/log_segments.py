@@ -26,6 +26,7 @@ from asyncflow.data.log_reader import (
 )
 
 BUFFERS_A_WRITE = 1024  # IOV_MAX of Linux
+PAGE_BYTES = 4096
 CACHE_BYTES = 1 << 20
 """Flushed bytes that may stay in the page cache: dropping it is a system call too."""
 
@@ -63,10 +64,14 @@ class SegmentWriter:
         draft.unlink(missing_ok=True)
         header = pack_segment(self.number, self.first_lsn)
         self.descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        self._write_all([header])
-        os.fsync(self.descriptor)
-        draft.replace(path)
-        sync_folder(self.folder)
+        try:
+            self._write_all([header])
+            os.fsync(self.descriptor)
+            draft.replace(path)
+            sync_folder(self.folder)
+        except OSError:
+            self.close()
+            raise
         self.offset, self._cached_from = len(header), 0
         self.written_lsn = self.durable_lsn = self._batch_lsn = self.first_lsn - 1
 
@@ -101,8 +106,9 @@ class SegmentWriter:
         os.fdatasync(self.descriptor)
         self.durable_lsn = self.written_lsn
         if self.offset - self._cached_from >= CACHE_BYTES:
-            os.posix_fadvise(self.descriptor, self._cached_from, 0, os.POSIX_FADV_DONTNEED)
-            self._cached_from = self.offset
+            end = self.offset - self.offset % PAGE_BYTES  # the last page is written again: dropped, it would be read
+            os.posix_fadvise(self.descriptor, self._cached_from, end - self._cached_from, os.POSIX_FADV_DONTNEED)
+            self._cached_from = end
 
     def close(self) -> None:
         """Close the file; may be called again."""

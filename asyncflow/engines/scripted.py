@@ -134,7 +134,8 @@ class ScriptedTrainer:
         await self._busy("accumulate", self.script.accumulate_s(rng, batch.num_tokens))
         self._num_tokens += batch.num_tokens
         self._num_samples += len(batch.rows)
-        self.trained_rows += [(row.ticket, row.index, self.step) for row in batch.rows]
+        pairs = zip(batch.rows.tickets.tolist(), batch.rows.indices.tolist(), strict=True)
+        self.trained_rows += [(ticket, index, self.step) for ticket, index in pairs]
 
     async def apply(self, denominator: float) -> StepReport:
         """Take the drawn time; the version grows by 1."""
@@ -160,7 +161,7 @@ class ScriptedTrainer:
 
     async def logprobs(self, batch: MicroBatch) -> FloatArray:
         """A constant, after the drawn time."""
-        rng = self.world.rng("logprobs", batch.rows[0].ticket, batch.rows[0].index)
+        rng = self.world.rng("logprobs", int(batch.rows.tickets[0]), int(batch.rows.indices[0]))
         await asyncio.sleep(self.script.logprobs_s(rng, batch.num_tokens))
         return np.full(batch.num_tokens, -1.0, np.float32)
 

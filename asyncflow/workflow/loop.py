@@ -26,7 +26,7 @@ from asyncflow.core.causes import first_cause
 from asyncflow.core.errors import RolloutError
 from asyncflow.core.ports import Loss, TensorT, TrainEngine
 from asyncflow.core.types import PolicyVersion, Ragged, StepReport, Ticket
-from asyncflow.data.queue import Lease, TransferQueue
+from asyncflow.data.local_queue import Lease, LocalQueue
 from asyncflow.workflow.failures import FailureBudget
 from asyncflow.workflow.totals import StepTotals
 
@@ -36,12 +36,16 @@ TRAIN = "train"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopConfig:
-    """The numbers of the loop. `concurrent_groups` rollouts run at once at most."""
+    """The numbers of the loop. `concurrent_groups` rollouts run at once at most.
+
+    With `deterministic`, a step's gradients wait for all its groups, so that nothing depends on when they came.
+    """
 
     steps: int
     groups_per_step: int
     concurrent_groups: int
     micro_batch_tokens: int
+    deterministic: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +57,7 @@ class LoopParts(Generic[TensorT]):
     and writes columns back, for ever; `after_step` reports and saves.
     """
 
-    queue: TransferQueue
+    queue: LocalQueue
     trainer: TrainEngine[TensorT]
     loss: Loss[TensorT]
     roll_out: Callable[[Ticket], Awaitable[Mapping[str, Ragged]]]
@@ -87,7 +91,7 @@ async def _run(config: LoopConfig, parts: LoopParts[TensorT]) -> None:
                 queue.drop(ticket, reason=error.reason)
                 parts.failures.spend(error)
             else:
-                queue.put(ticket, columns)
+                await queue.put(ticket, columns)
                 parts.failures.succeed()
 
     async def publish() -> None:
@@ -98,7 +102,12 @@ async def _run(config: LoopConfig, parts: LoopParts[TensorT]) -> None:
     async def compute_gradients(lease: Lease) -> StepTotals:
         totals = StepTotals(step=trainer.version.step, bound=queue.bound)
         queue.begin_step(trainer.version.step)
-        async for batch in queue.stream(lease, groups=config.groups_per_step, max_tokens=config.micro_batch_tokens):
+        async for batch in queue.stream(
+            lease,
+            groups=config.groups_per_step,
+            max_tokens=config.micro_batch_tokens,
+            at_once=config.deterministic,
+        ):
             totals.add(batch, parts.loss.denominator(batch))  # asserts the staleness bound
             await trainer.accumulate(batch, parts.loss)  # starts before the whole step is there
         return totals
@@ -113,7 +122,8 @@ async def _run(config: LoopConfig, parts: LoopParts[TensorT]) -> None:
                 overlap.create_task(publish(), name="publish")
                 gradients = overlap.create_task(compute_gradients(lease), name="gradients")
             report = await trainer.apply(gradients.result().denominator)
-            queue.acknowledge(lease)  # with the optimizer step, so a row is trained exactly once
+            # With the optimizer step, so a row is trained exactly once.
+            await queue.acknowledge(lease, step=report.version.step, threads=report.num_threads)
             await parts.after_step(report, gradients.result())
         for worker in workers:
             worker.cancel()

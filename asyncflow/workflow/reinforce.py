@@ -21,7 +21,7 @@ from asyncflow.core.types import PolicyVersion, Prompt, Ragged, SamplingParams, 
 from asyncflow.core.world import World
 from asyncflow.data.gate import Gate
 from asyncflow.data.ledger import LedgerSnapshot, QueueTask
-from asyncflow.data.queue import TransferQueue
+from asyncflow.data.local_queue import LocalQueue
 from asyncflow.rollout.chat import Agent
 from asyncflow.rollout.groups import RolloutParts, prompt_order, roll_out_group
 from asyncflow.workflow.evaluation import Evaluation, evaluate
@@ -53,7 +53,7 @@ class Setup(Generic[TensorT]):
     reference: Scorer | None = None
 
 
-async def reinforce(config: RunConfig, setup: Setup[TensorT], snapshot: LedgerSnapshot | None = None) -> TransferQueue:
+async def reinforce(config: RunConfig, setup: Setup[TensorT], snapshot: LedgerSnapshot | None = None) -> LocalQueue:
     """Run the main loop to `config.steps`, from where `snapshot` left off. Returns its queue, for the accounts."""
     queue = make_queue(config, setup, snapshot)
     meter = setup.meter
@@ -110,7 +110,7 @@ async def reinforce(config: RunConfig, setup: Setup[TensorT], snapshot: LedgerSn
     return queue
 
 
-async def save_last(config: RunConfig, setup: Setup[TensorT], queue: TransferQueue) -> None:
+async def save_last(config: RunConfig, setup: Setup[TensorT], queue: LocalQueue) -> None:
     """Keep a checkpoint of the last step made, unless it has one or was cut off before its groups were acknowledged."""
     step = setup.trainer.version.step
     is_whole = queue.counts().trained == step * config.groups_per_step
@@ -118,7 +118,7 @@ async def save_last(config: RunConfig, setup: Setup[TensorT], queue: TransferQue
         await setup.save(step, queue.snapshot())
 
 
-def make_queue(config: RunConfig, setup: Setup[TensorT], snapshot: LedgerSnapshot | None) -> TransferQueue:
+def make_queue(config: RunConfig, setup: Setup[TensorT], snapshot: LedgerSnapshot | None) -> LocalQueue:
     """The transfer queue with the tasks that this configuration needs."""
     tasks = [
         QueueTask(name=TRAIN, needs=(*setup.algorithm.columns, REWARD), trains=True),
@@ -126,7 +126,7 @@ def make_queue(config: RunConfig, setup: Setup[TensorT], snapshot: LedgerSnapsho
     ]
     if setup.reference is not None:
         tasks.append(QueueTask(name=REFERENCE, needs=(TOKEN_IDS,)))
-    return TransferQueue(tasks, make_gate(config), snapshot=snapshot)
+    return LocalQueue(tasks, make_gate(config), snapshot=snapshot)
 
 
 def make_gate(config: RunConfig) -> Gate:
@@ -139,7 +139,7 @@ def make_gate(config: RunConfig) -> Gate:
     )
 
 
-def make_stages(config: RunConfig, setup: Setup[TensorT], queue: TransferQueue) -> list[Callable[[], Awaitable[None]]]:
+def make_stages(config: RunConfig, setup: Setup[TensorT], queue: LocalQueue) -> list[Callable[[], Awaitable[None]]]:
     """The stages between rollout and training."""
     advantages = partial(
         advantage_stage, queue, setup.algorithm.advantages, drop_no_signal=config.algorithm.drop_no_signal

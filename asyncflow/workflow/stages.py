@@ -11,7 +11,8 @@ from asyncflow.core.columns import ADVANTAGE, REF_LOGPROBS, REWARD
 from asyncflow.core.errors import NoSignalError
 from asyncflow.core.ports import Scorer
 from asyncflow.core.types import MicroBatch, Ragged, Ticket
-from asyncflow.data.queue import TransferQueue
+from asyncflow.data.layout import select
+from asyncflow.data.local_queue import LocalQueue
 
 ADVANTAGES = "advantages"
 """The queue's task that turns the rewards of a group into advantages."""
@@ -26,7 +27,7 @@ NO_SIGNAL_LIMIT = 1024
 """Groups in a row that may be dropped for it."""
 
 
-async def advantage_stage(queue: TransferQueue, advantages: Advantages, *, drop_no_signal: bool) -> None:
+async def advantage_stage(queue: LocalQueue, advantages: Advantages, *, drop_no_signal: bool) -> None:
     """Write the advantage of every group, for ever; or drop groups whose rewards are all equal.
 
     Raises `NoSignalError` after `NO_SIGNAL_LIMIT` of these in a row: dropping for ever would
@@ -46,7 +47,7 @@ async def advantage_stage(queue: TransferQueue, advantages: Advantages, *, drop_
             else:
                 values = advantages(rewards).astype(np.float32)
                 queue.write(group, ADVANTAGE, Ragged(values=values, lengths=np.ones(len(values), np.int32)))
-        queue.acknowledge(lease)
+        await queue.acknowledge(lease)
 
 
 def check_signal(dropped_in_a_row: int, reward: float) -> None:
@@ -63,26 +64,20 @@ def check_signal(dropped_in_a_row: int, reward: float) -> None:
         )
 
 
-async def reference_stage(queue: TransferQueue, reference: Scorer, *, max_tokens: int) -> None:
+async def reference_stage(queue: LocalQueue, reference: Scorer, *, max_tokens: int) -> None:
     """Write `ref_logprobs` for every group, for ever: of as many at once as are ready and fill a micro-batch."""
     lease = queue.lease(REFERENCE)
     while True:
         async for batch in queue.stream_ready(lease, max_tokens=max_tokens):
             values = await reference.logprobs(batch)
             queue.write(batch, REF_LOGPROBS, Ragged(values=values, lengths=batch.lengths))
-        queue.acknowledge(lease)
+        await queue.acknowledge(lease)
 
 
 def split_groups(batch: MicroBatch) -> Iterator[tuple[Ticket, MicroBatch]]:
     """The groups of a batch that `take` gave: their rows stand together."""
-    tickets = np.array([row.ticket for row in batch.rows])
-    columns = {name: column.rows() for name, column in batch.columns.items()}
+    tickets = batch.rows.tickets
     for ticket in dict.fromkeys(tickets.tolist()):
-        places = np.flatnonzero(tickets == ticket).tolist()
-        yield (
-            Ticket(ticket),
-            MicroBatch(
-                rows=tuple(batch.rows[place] for place in places),
-                columns={name: Ragged.stack([rows[place] for place in places]) for name, rows in columns.items()},
-            ),
-        )
+        places = np.flatnonzero(tickets == ticket)
+        columns = {name: select(column, places) for name, column in batch.columns.items()}
+        yield Ticket(ticket), MicroBatch(rows=batch.rows[places], columns=columns)

@@ -20,7 +20,7 @@ def check_staleness(batch: MicroBatch, step: int, bound: int) -> IntArray:
     """The staleness of the sampled tokens. Raises `StalenessError` if one is over the bound or below 0."""
     staleness = token_staleness(batch, step)
     if staleness.size and not 0 <= staleness.min() <= staleness.max() <= bound:
-        tickets = sorted({row.ticket for row in batch.rows})
+        tickets = np.unique(batch.rows.tickets)
         raise StalenessError(
             f"batch holds tokens {staleness.min()} to {staleness.max()} versions old, the bound is {bound} "
             f"(trainer at version {step}, groups {tickets[0]} to {tickets[-1]})"

@@ -1,11 +1,13 @@
 """Supervised warm-up: the main loop with a teacher in place of rollouts.
 
-A group is one demonstration, its columns exist at once, and nobody has to be sent weights.
+A group is the demonstrations of one step, its columns exist at once, and nobody has to be sent weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from asyncflow.algo.samples import demonstration_columns
 from asyncflow.core.columns import LOSS_MASK, TOKEN_IDS
@@ -15,7 +17,7 @@ from asyncflow.core.types import Demonstration, IntArray, PolicyVersion, Ragged,
 from asyncflow.core.world import World
 from asyncflow.data.gate import Gate
 from asyncflow.data.ledger import QueueTask
-from asyncflow.data.queue import TransferQueue
+from asyncflow.data.local_queue import LocalQueue
 from asyncflow.workflow.failures import FailureBudget
 from asyncflow.workflow.loop import TRAIN, LoopConfig, LoopParts, run
 from asyncflow.workflow.meter import Meter
@@ -35,13 +37,14 @@ async def warm_up(
 ) -> None:
     """Take `config.warmup.steps` steps on samples of (prompt tokens, completion tokens), in a drawn order."""
     steps, batch_size = config.warmup.steps, config.warmup.batch_size
-    gate = Gate(groups_per_step=batch_size, max_staleness=LOOK_BEHIND, steps=steps)
-    queue = TransferQueue([QueueTask(name=TRAIN, needs=(TOKEN_IDS, LOSS_MASK), trains=True)], gate)
+    gate = Gate(groups_per_step=1, max_staleness=LOOK_BEHIND, steps=steps)
+    queue = LocalQueue([QueueTask(name=TRAIN, needs=(TOKEN_IDS, LOSS_MASK), trains=True)], gate)
     meter.begin(steps=steps, now_s=world.now_s())
     order = world.rng("warm-up").permutation(len(samples))
 
     async def show(ticket: Ticket) -> Mapping[str, Ragged]:
-        return demonstration_columns(*samples[int(order[ticket % len(samples)])])
+        chosen = order[np.arange(ticket * batch_size, (ticket + 1) * batch_size) % len(samples)]
+        return demonstration_columns([samples[place] for place in chosen.tolist()])
 
     async def publish() -> PolicyVersion:
         return trainer.version
@@ -54,7 +57,11 @@ async def warm_up(
         meter.record("warmup", record)
 
     loop = LoopConfig(
-        steps=steps, groups_per_step=batch_size, concurrent_groups=1, micro_batch_tokens=config.train.micro_batch_tokens
+        steps=steps,
+        groups_per_step=1,
+        concurrent_groups=1,
+        micro_batch_tokens=config.train.micro_batch_tokens,
+        deterministic=config.deterministic,
     )
     parts = LoopParts(
         queue=queue,
@@ -66,7 +73,10 @@ async def warm_up(
         after_step=after_step,
         failures=FailureBudget(0, tell=lambda text: None),
     )
-    await run(loop, parts)
+    try:
+        await run(loop, parts)
+    finally:
+        queue.close()
 
 
 def tokenize(demonstrations: Sequence[Demonstration], renderer: Renderer) -> list[tuple[IntArray, IntArray]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ class StepSums:
         """Count a micro-batch. Raises `NonFiniteError`, with nothing counted, when its loss is not a number."""
         loss = output.loss.item()
         if not torch.isfinite(output.loss):
-            tickets = sorted({int(row.ticket) for row in batch.rows})
+            tickets = np.unique(batch.rows.tickets).tolist()
             raise NonFiniteError(
                 f"the loss of a micro-batch is {loss}: {batch.num_tokens} tokens of groups {tickets}; "
                 "no gradient was added for them"

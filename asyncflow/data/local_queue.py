@@ -1,0 +1,335 @@
+"""The transfer queue of the main loop: the control plane in this process, rows in shared memory.
+
+Producers: `reserve` a ticket, then `put` its group or `drop` it. Consumers: open a `lease`,
+`take` or `stream` under it, perhaps `write` a column back, then `acknowledge`, or `release`
+what was not finished. Other processes use the same queue through `asyncflow.data.queue`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+
+from asyncflow.core.columns import TOKEN_IDS
+from asyncflow.core.errors import QueueFullError
+from asyncflow.core.types import IntArray, MicroBatch, PolicyVersion, Ragged, Rows, Ticket
+from asyncflow.data.arena import Arena
+from asyncflow.data.control import ControlPlane, ParkedReserve, ParkedTake, Taken
+from asyncflow.data.directory import Extent
+from asyncflow.data.gate import Gate
+from asyncflow.data.layout import ColumnSpec, Draft, lay_out
+from asyncflow.data.ledger import Ledger, LedgerCounts, LedgerSnapshot, QueueTask, State, Tickets
+from asyncflow.data.log import Log, NoLog
+from asyncflow.data.packing import pack
+from asyncflow.data.plane import Writer, read_columns
+
+AnswerT = TypeVar("AnswerT")
+
+MEMORY_BYTES = 1 << 30
+"""Of a queue's rows, if nobody says otherwise; taken from the system as it is used."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Lease:
+    """What one consumer has taken and not yet acknowledged, and the micro-batches it was handed."""
+
+    task: str
+    number: int
+    batches: list[Rows] = field(default_factory=list)
+
+
+class LocalQueue:
+    """Streams groups between the tasks of a run, under the gate."""
+
+    def __init__(
+        self,
+        tasks: Sequence[QueueTask],
+        gate: Gate | None = None,
+        *,
+        log: Log | None = None,
+        snapshot: LedgerSnapshot | None = None,
+        memory_bytes: int = MEMORY_BYTES,
+        control: ControlPlane | None = None,
+    ) -> None:
+        first = min(snapshot.pending, default=Ticket(snapshot.admitted)) if snapshot else 0
+        self.control = control or ControlPlane(Ledger(tasks, gate, snapshot), log or NoLog(), first_ticket=first)
+        self._session = self.control.open_session("this process", self._free)
+        arena = self.control.attach(self._session, lambda number: Arena.create(memory_bytes, number))
+        self._writer = Writer(arena)
+        self._rooms: deque[asyncio.Future[None]] = deque()
+        self._num_leases = 0
+
+    # -- producers ---------------------------------------------------------------------------
+
+    async def reserve(self) -> Ticket:
+        """Admit a group. Waits while a group started now could end up too stale."""
+        answer: asyncio.Future[Ticket] = asyncio.get_running_loop().create_future()
+        parked: list[ParkedReserve] = []
+        try:
+            parked.append(self.control.reserve(self._session, lambda ticket: self._grant(answer, ticket)))
+            return await answer
+        except asyncio.CancelledError:
+            # The ticket may have been granted in the same turn of the loop that cancelled us.
+            if answer.done() and not answer.cancelled():
+                self.control.give_up_reserved(self._session, answer.result())
+            else:
+                answer.cancel()
+                self.control.cancel(parked[0])
+            raise
+
+    def _grant(self, answer: asyncio.Future[Ticket], ticket: Ticket) -> None:
+        if answer.done():  # cancelled while the log was writing
+            self.control.give_up_reserved(self._session, ticket)
+        else:
+            answer.set_result(ticket)
+
+    async def put(self, ticket: Ticket, columns: Mapping[str, Ragged]) -> None:
+        """Hand in the group of a ticket, with the columns that exist already. Returns when it is durable.
+
+        Waits for room where there is none. Raises `QueueFullError` when none can ever come.
+        """
+        drafts, num_bytes, num_rows = lay_out(columns)
+        extent, specs = await self._write(drafts, num_bytes)
+        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        try:
+            self.control.put(self._session, ticket, 1, num_rows, extent, specs, lambda first: _settle(done, first))
+        except BaseException:
+            self._free(extent)
+            raise
+        await done
+
+    def drop(self, ticket: Ticket, reason: str) -> None:
+        """Give a ticket up for a stated reason; another group may start in its place."""
+        self.control.drop(self._session, np.array([ticket]), reason)
+
+    def dispatch(self, ticket: Ticket, prompt: str, num_tokens: int) -> None:
+        """Note in the log which prompt a ticket is, and how many tokens it has."""
+        self.control.dispatch(ticket, prompt, num_tokens)
+
+    def advance(self, version: PolicyVersion) -> None:
+        """The rollout engines serve this version now."""
+        self.control.advance(version)
+
+    # -- consumers ---------------------------------------------------------------------------
+
+    def lease(self, task: str) -> Lease:
+        """Open a lease for one consumer of a task."""
+        self._num_leases += 1
+        self.control.lease(self._session, task, self._num_leases)
+        return Lease(task=task, number=self._num_leases)
+
+    async def take(self, lease: Lease, *, max_groups: int) -> MicroBatch:
+        """At least one and at most so many complete groups, the columns the task needs of them.
+
+        Waits until there is one.
+        """
+        rows = self._rows_still_here(await self._take(lease, max_groups))
+        while not len(rows):
+            rows = self._rows_still_here(await self._take(lease, max_groups))
+        return self._batch(lease, rows)
+
+    async def stream(
+        self, lease: Lease, *, groups: int, max_tokens: int, at_once: bool = False
+    ) -> AsyncIterator[MicroBatch]:
+        """Exactly `groups` groups, in micro-batches of at most `max_tokens` tokens, each as soon as it is ready.
+
+        A group may be spread over several micro-batches. Waits for groups that are not there yet, with
+        `at_once` for all of them before the first micro-batch, so that nothing depends on when they came.
+        Of a group that is dropped in the meantime, the rows not handed out yet are passed over.
+        """
+        while groups:
+            tickets = await self._take(lease, groups, at_least=groups if at_once else 1)
+            groups -= len(tickets)
+            for batch in self._micro_batches(lease, tickets, max_tokens):
+                yield batch
+
+    async def stream_ready(self, lease: Lease, *, max_tokens: int) -> AsyncIterator[MicroBatch]:
+        """The oldest complete groups, as many as have `max_tokens` tokens together, in micro-batches of so many.
+
+        Waits for one group and no more; one that is longer comes alone, in several micro-batches.
+        Groups dropped in the meantime are passed over.
+        """
+        tickets = await self._take(lease, sys.maxsize, limit=lambda found: self._num_fitting(found, max_tokens))
+        for batch in self._micro_batches(lease, tickets, max_tokens):
+            yield batch
+
+    def _micro_batches(self, lease: Lease, tickets: Tickets, max_tokens: int) -> Iterator[MicroBatch]:
+        rows = self._rows_still_here(tickets)
+        for chosen in pack(self._lengths(rows), max_tokens) if len(rows) else []:
+            # The consumer was away since the take, and a stage may have dropped a group.
+            held = rows[chosen]
+            held = held[self.control.ledger.state_of(held.tickets) == State.PRODUCED]
+            if len(held):
+                yield self._batch(lease, held)
+
+    def write(self, batch: MicroBatch, column: str, values: Ragged) -> None:
+        """Add a column to the rows of a batch, in the batch's order. Rows dropped meanwhile are passed over.
+
+        Raises `QueueFullError` when there is no room for it.
+        """
+        drafts, num_bytes, _ = lay_out({column: values})
+        written = self._writer.write(drafts, num_bytes)
+        if written is None:
+            raise QueueFullError(self._full(num_bytes))
+        extent, specs = written
+        try:
+            self.control.write(self._session, batch.rows, extent, specs, _ignore, missing_ok=True)
+        except BaseException:
+            self._free(extent)
+            raise
+
+    async def acknowledge(self, lease: Lease, *, step: int = 0, threads: Sequence[int] = ()) -> None:
+        """The consumer is done with all it took; returns when that is durable.
+
+        For the training task this ends the tickets, with the step that made version `step`.
+        """
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.control.acknowledge(
+            self._session,
+            lease.number,
+            lambda: _settle(done, None),
+            step=step,
+            batches=lease.batches,
+            threads=threads,
+        )
+        lease.batches = []
+        self.control.lease(self._session, lease.task, lease.number)
+        await done
+
+    def begin_step(self, step: int) -> None:
+        """The training task works at version `step` from now on; the order of takes depends on it."""
+        self.control.begin_step(step)
+
+    def release(self, lease: Lease) -> None:
+        """The consumer gives back all it took: it is offered again."""
+        self.control.release(self._session, lease.number)
+        lease.batches = []
+        self.control.lease(self._session, lease.task, lease.number)
+
+    # -- looking in --------------------------------------------------------------------------
+
+    @property
+    def bound(self) -> int:
+        """Versions a trained token may be old at most; without a gate there is no bound."""
+        gate = self.control.ledger.gate
+        return sys.maxsize if gate is None else gate.bound
+
+    @property
+    def num_groups_held(self) -> int:
+        """Pending groups."""
+        return len(self.control.ledger.pending())
+
+    def counts(self) -> LedgerCounts:
+        """Where all tickets are; raises `LedgerError` if one went missing."""
+        return self.control.counts()
+
+    def snapshot(self) -> LedgerSnapshot:
+        """What a checkpoint keeps of the ledger."""
+        return self.control.snapshot()
+
+    def close(self) -> None:
+        """Give the memory back. May be called twice."""
+        if self._session.is_open:
+            self.control.close_session(self._session)
+            self.control.close()
+
+    # -- inside ------------------------------------------------------------------------------
+
+    async def _write(self, drafts: Sequence[Draft], num_bytes: int) -> tuple[Extent, tuple[ColumnSpec, ...]]:
+        written = self._writer.write(drafts, num_bytes)
+        while written is None:
+            if self.control.is_stuck:
+                raise QueueFullError(self._full(num_bytes))
+            room: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._rooms.append(room)
+            await room
+            written = self._writer.write(drafts, num_bytes)
+        return written
+
+    def _full(self, num_bytes: int) -> str:
+        return (
+            f"the transfer queue has no room for {num_bytes:,} bytes: {self._writer.num_free:,} of "
+            f"{self._writer.arena.num_bytes:,} are free ({self.control.waiting_for()}). Raise queue.memory_mb"
+        )
+
+    def _free(self, extent: Extent) -> None:
+        self._writer.free(extent)
+        while self._rooms:
+            _settle(self._rooms.popleft(), None)
+
+    async def _take(
+        self,
+        lease: Lease,
+        max_groups: int,
+        *,
+        at_least: int = 1,
+        limit: Callable[[Tickets], int] | None = None,
+    ) -> Tickets:
+        """Tickets of at least one group."""
+        answer: asyncio.Future[Taken] = asyncio.get_running_loop().create_future()
+        held = self.control.lease(self._session, lease.task, lease.number)
+        parked: ParkedTake | None = None
+
+        def hand_over(taken: Taken) -> None:
+            if answer.cancelled():  # while the log was writing
+                self.control.give_back(held, np.unique(taken.rows.tickets))
+            else:
+                answer.set_result(taken)
+
+        try:
+            parked = self.control.take(
+                self._session,
+                held,
+                hand_over,
+                max_groups=max_groups,
+                at_least=at_least,
+                limit=limit,
+            )
+            taken = await answer
+        except asyncio.CancelledError:
+            # The groups may have been granted in the same turn of the loop that cancelled us.
+            if answer.done() and not answer.cancelled():
+                self.control.give_back(held, np.unique(answer.result().rows.tickets))
+            elif parked is not None:
+                self.control.cancel(parked)
+            raise
+        return np.unique(taken.rows.tickets)
+
+    def _rows_still_here(self, tickets: Tickets) -> Rows:
+        """Rows of the groups that nobody dropped between the grant and our waking."""
+        held = tickets[self.control.ledger.state_of(tickets) == State.PRODUCED]
+        return self.control.rows_of(held)
+
+    def _batch(self, lease: Lease, rows: Rows) -> MicroBatch:
+        names = self.control.ledger.tasks[lease.task].needs
+        lease.batches.append(rows)
+        return MicroBatch(rows=rows, columns=self._read(rows, names))
+
+    def _read(self, rows: Rows, names: Sequence[str]) -> dict[str, Ragged]:
+        return read_columns(self.control.locate(rows, names), names, self.control.arena)
+
+    def _lengths(self, rows: Rows) -> IntArray:
+        return self._read(rows, (TOKEN_IDS,))[TOKEN_IDS].lengths
+
+    def _num_fitting(self, tickets: Tickets, max_tokens: int) -> int:
+        """How many of the groups have so many tokens together."""
+        rows = self.control.rows_of(tickets)
+        ends = np.searchsorted(rows.tickets, tickets, side="right")
+        tokens = np.cumsum(self._lengths(rows))[ends - 1]
+        return int(np.searchsorted(tokens, max_tokens, side="right"))
+
+
+def _settle(answer: asyncio.Future[AnswerT], value: AnswerT) -> None:
+    """Answer whoever still waits."""
+    if not answer.done():
+        answer.set_result(value)
+
+
+def _ignore(num_rows: int) -> None:
+    """A write whose count nobody needs."""

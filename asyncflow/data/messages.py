@@ -1,0 +1,251 @@
+"""What processes and the queue's server say to each other: closed types in MessagePack, in frames of bounded size.
+
+A frame is its length as four little-endian bytes, then one message. Nothing in a message is
+ever run; what does not decode ends the connection. Descriptors of shared memory travel beside
+the frames that announce them (`Attach`, `ArenaIs`).
+"""
+
+from __future__ import annotations
+
+from typing import Generic, TypeAlias, TypeVar
+
+import msgspec
+
+from asyncflow.core.errors import QueueLostError
+from asyncflow.data.directory import Extent, Source
+from asyncflow.data.layout import ColumnSpec
+from asyncflow.data.records import RowBytes
+
+PROTOCOL = 1
+"""Both sides must speak the same."""
+MAX_FRAME_BYTES = 1 << 26
+HEADER_BYTES = 4
+
+
+class Request(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A client wants something; the answer carries the same number."""
+
+    request: int
+
+
+class Hello(Request, frozen=True):
+    """The first message of every connection."""
+
+    protocol: int
+    name: str
+
+
+class Attach(Request, frozen=True):
+    """The client's arena comes beside this message; answered with its number."""
+
+
+class Reserve(Request, frozen=True):
+    """A ticket, as soon as the gate allows it."""
+
+
+class Put(Request, frozen=True):
+    """`count` groups of `group_size` rows lie in this block. `ticket` -1: none was reserved."""
+
+    ticket: int
+    count: int
+    group_size: int
+    extent: Extent
+    columns: tuple[ColumnSpec, ...]
+
+
+class Write(Request, frozen=True):
+    """These rows get columns, which lie in this block."""
+
+    rows: RowBytes
+    generation: int
+    extent: Extent
+    columns: tuple[ColumnSpec, ...]
+    missing_ok: bool
+
+
+class Room(Request, frozen=True):
+    """The client's arena is full: answered as soon as something in it is free."""
+
+
+class Take(Request, frozen=True):
+    """Groups for a task, as soon as `at_least` are ready. The lease has the request's number."""
+
+    task: str
+    max_groups: int
+    at_least: int
+
+
+class Fetch(Request, frozen=True):
+    """Where these columns of these rows lie."""
+
+    rows: RowBytes
+    generation: int
+    names: tuple[str, ...]
+
+
+class Acknowledge(Request, frozen=True):
+    """All of a lease is done with; for the training task, by step `step`, on these micro-batches."""
+
+    lease: int
+    step: int
+    batches: tuple[RowBytes, ...]
+    threads: tuple[int, ...]
+
+
+class Release(Request, frozen=True):
+    """All of a lease is given back."""
+
+    lease: int
+
+
+class Drop(Request, frozen=True):
+    """These tickets are given up."""
+
+    tickets: bytes
+    reason: str
+
+
+class Dispatch(Request, frozen=True):
+    """Which prompt a ticket is."""
+
+    ticket: int
+    prompt: str
+    num_tokens: int
+
+
+class Advance(Request, frozen=True):
+    """These weights are live."""
+
+    step: int
+    lineage: str
+    fingerprint: str
+
+
+class BeginStep(Request, frozen=True):
+    """The training task works at this version from now on."""
+
+    step: int
+
+
+class Finish(Request, frozen=True):
+    """No more puts will come."""
+
+
+class Clear(Request, frozen=True):
+    """Drop everything."""
+
+
+class Counts(Request, frozen=True):
+    """How many tickets are where."""
+
+
+class Cancel(Request, frozen=True):
+    """Forget a parked request."""
+
+    other: int
+
+
+class Ping(Request, frozen=True):
+    """Is anybody there?"""
+
+
+AnyRequest: TypeAlias = (
+    Hello | Attach | Reserve | Put | Write | Room | Take | Fetch | Acknowledge | Release | Drop | Dispatch | Advance
+    | BeginStep | Finish | Clear | Counts | Cancel | Ping
+)  # fmt: skip
+
+
+class Reply(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The answer to the request of this number."""
+
+    request: int
+
+
+class Welcome(Reply, frozen=True):
+    """To `Hello`."""
+
+    generation: int
+    tasks: dict[str, tuple[str, ...]]
+    trains: str
+    pid: int
+
+
+class Done(Reply, frozen=True):
+    """It is done. `freed`: offsets and sizes in the client's arena that may be written over."""
+
+    value: int = 0
+    freed: tuple[tuple[int, int], ...] = ()
+
+
+class Given(Reply, frozen=True):
+    """Rows and where they lie. `indices` is empty where all are 0."""
+
+    tickets: bytes
+    indices: bytes
+    sources: tuple[Source, ...]
+
+
+class Accounts(Reply, frozen=True):
+    """To `Counts`."""
+
+    admitted: int
+    trained: int
+    dropped: dict[str, int]
+    pending: int
+
+
+class Failed(Reply, frozen=True):
+    """It could not be done."""
+
+    kind: str
+    reason: str
+
+
+class ArenaIs(Reply, frozen=True):
+    """The arena of this number comes beside this message; it answers nothing."""
+
+    number: int
+
+
+AnyReply: TypeAlias = Welcome | Done | Given | Accounts | Failed | ArenaIs
+
+MessageT = TypeVar("MessageT")
+
+request_decoder: msgspec.msgpack.Decoder[AnyRequest] = msgspec.msgpack.Decoder(AnyRequest)
+reply_decoder: msgspec.msgpack.Decoder[AnyReply] = msgspec.msgpack.Decoder(AnyReply)
+_encoder = msgspec.msgpack.Encoder()
+
+
+def frame(message: AnyRequest | AnyReply) -> bytes:
+    """A message as it travels."""
+    body = _encoder.encode(message)
+    return len(body).to_bytes(HEADER_BYTES, "little") + body
+
+
+class Frames(Generic[MessageT]):
+    """Puts bytes together to messages. Raises `QueueLostError` for what is none: nothing after it can be read."""
+
+    def __init__(self, decoder: msgspec.msgpack.Decoder[MessageT]) -> None:
+        self._decoder = decoder
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[MessageT]:
+        """The messages that are whole now."""
+        rest = self._rest + data if self._rest else data
+        messages, start = [], 0
+        while len(rest) - start >= HEADER_BYTES:
+            size = int.from_bytes(rest[start : start + HEADER_BYTES], "little")
+            if size > MAX_FRAME_BYTES:
+                raise QueueLostError(f"a frame of {size:,} bytes was announced; at most {MAX_FRAME_BYTES:,} are taken")
+            if len(rest) - start - HEADER_BYTES < size:
+                break
+            start += HEADER_BYTES + size
+            messages.append(self._decode(rest[start - size : start]))
+        self._rest = rest[start:]
+        return messages
+
+    def _decode(self, body: bytes) -> MessageT:
+        try:
+            return self._decoder.decode(body)
+        except (msgspec.MsgspecError, RecursionError, OverflowError, ValueError) as error:
+            raise QueueLostError(f"a message can't be understood: {error}") from error

@@ -1,0 +1,113 @@
+"""A control plane that goes on where its log ended: finished groups are there again, unfinished ones issued again."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from asyncflow.core.columns import VERSIONS
+from asyncflow.core.types import NOT_SAMPLED
+from asyncflow.data import records
+from asyncflow.data.arena import FIRST_BYTES, HEADER_BYTES, Arena
+from asyncflow.data.control import ControlPlane
+from asyncflow.data.gate import Gate
+from asyncflow.data.history import History, StoredBlock, StoredWrite, pending_blocks, read_history
+from asyncflow.data.layout import ALIGNMENT_BYTES
+from asyncflow.data.ledger import Ledger, QueueTask, State, Tickets
+from asyncflow.data.log import Log, read_payload
+from asyncflow.data.plane import Writer
+
+NEVER_PRODUCED = "it was not finished when the run ended"
+TOO_OLD = "too old for the bound of the resumed run"
+
+
+def open_control(
+    tasks: Sequence[QueueTask], gate: Gate | None, log: Log, folder: Path | None, *, wall_clock: str = ""
+) -> ControlPlane:
+    """A queue on a log that is open; what the log holds already, in `folder`, is taken up."""
+    if folder is None:
+        return ControlPlane(Ledger(tasks, gate), log, generation=secrets.randbits(31))
+    return restore(read_history(folder, tasks, gate), log, wall_clock=wall_clock)
+
+
+def restore(history: History, log: Log, *, restored_step: int = 0, wall_clock: str = "") -> ControlPlane:
+    """Go on from a history. Groups that would be too old by the ledger's gate are rolled out again."""
+    ledger = history.ledger
+    blocks = pending_blocks(history)
+    pending = ledger.pending()
+    first = min([block.first for block in blocks] + pending.tolist(), default=ledger.num_admitted)
+    epoch = len(history.opened) + 1
+    control = ControlPlane(ledger, log, generation=epoch, first_ticket=first)
+    control.note(opened(ledger, epoch, restored_step, wall_clock))
+    _load(control, history, blocks)
+    ledger.mark_redelivered(pending)
+    unfinished = pending[ledger.state_of(pending) == State.ADMITTED]
+    control.issue_again(unfinished, NEVER_PRODUCED)
+    control.issue_again(_too_old(control, ledger), TOO_OLD)
+    return control
+
+
+def opened(ledger: Ledger, epoch: int, restored_step: int = 0, wall_clock: str = "") -> records.Opened:
+    """The record with which a process takes a log over."""
+    gate = ledger.gate
+    return records.Opened(
+        epoch=epoch,
+        tasks={name: task.needs for name, task in ledger.tasks.items()},
+        trains=next((name for name, task in ledger.tasks.items() if task.trains), ""),
+        groups_per_step=gate.groups_per_step if gate else 0,
+        max_staleness=gate.max_staleness if gate else 0,
+        look_ahead=gate.look_ahead if gate else 0,
+        steps=gate.steps if gate else 0,
+        restored_step=restored_step,
+        wall_clock=wall_clock,
+    )
+
+
+def _load(control: ControlPlane, history: History, blocks: Sequence[StoredBlock]) -> None:
+    """Copy what is still needed from the disk into an arena of the control plane's own."""
+    ledger = history.ledger
+    writes: dict[int, StoredWrite] = {}
+    for block in blocks:
+        for ticket in range(block.first, block.first + block.count):
+            writes.update({id(write): write for write in history.writes.get(ticket, [])})
+    places = [*(block.place for block in blocks), *(write.place for write in writes.values())]
+    if not places:
+        return
+    total = sum(-(-place.length // ALIGNMENT_BYTES) * ALIGNMENT_BYTES + HEADER_BYTES for place in places)
+    session = control.open_session("the log", lambda extent: None)
+    arena = control.attach(session, lambda number: Arena.create(max(FIRST_BYTES, total), number))
+    writer = Writer(arena)
+    for block in blocks:
+        extent = writer.copy(read_payload(block.place))
+        control.directory.add(block.first, block.count, block.group_size, extent, block.columns)
+        tickets = np.arange(block.first, block.first + block.count)
+        control.directory.free(tickets[~_is_held(ledger, tickets)])
+    for write in writes.values():
+        is_held = _is_held(ledger, write.rows.tickets)
+        extent = writer.copy(read_payload(write.place))
+        control.directory.add_late(write.rows[is_held], extent, write.columns, write.order[is_held])
+    control.close_session(session)
+
+
+def _is_held(ledger: Ledger, tickets: Tickets) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    is_held: np.ndarray[tuple[int], np.dtype[np.bool_]] = ledger.state_of(tickets) == State.PRODUCED
+    return is_held
+
+
+def _too_old(control: ControlPlane, ledger: Ledger) -> Tickets:
+    """Groups that a gate with a smaller bound would train too late: by the oldest version among their tokens."""
+    gate, pending = ledger.gate, ledger.pending()
+    if gate is None:
+        return pending[:0]
+    found = []
+    for ticket in pending[ledger.state_of(pending) == State.PRODUCED].tolist():
+        versions = control.read(control.rows_of(np.array([ticket])), VERSIONS)
+        if versions is None:
+            continue
+        sampled = versions.values[versions.values != NOT_SAMPLED]
+        if len(sampled) and gate.last_step(ledger.rank(ticket)) - int(sampled.min()) > gate.bound:
+            found.append(ticket)
+    return np.array(found, np.int64)

@@ -1,0 +1,98 @@
+"""A queue's server as a process, seen from its owner: started, and stopped. It runs `asyncflow.data.serve`."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from collections.abc import Mapping
+
+import msgspec
+
+from asyncflow.core.errors import QueueLostError, RunFolderError
+from asyncflow.core.world import World
+from asyncflow.data.gate import Gate
+from asyncflow.data.log import LogMode
+
+START_LIMIT_S = 30.0
+STOP_LIMIT_S = 5.0
+MAX_LINE_BYTES = 1 << 20
+STDERR_FD = 2
+
+
+class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What a server is started with. `log` is a folder, or empty."""
+
+    tasks: Mapping[str, tuple[str, ...]]
+    trains: str = ""
+    gate: Gate | None = None
+    log: str = ""
+    log_mode: LogMode = LogMode.OFF
+
+
+class Started(msgspec.Struct, frozen=True, kw_only=True):
+    """What the server says first: where it is, or why it is not."""
+
+    address: str = ""
+    error: str = ""
+
+
+class ServerProcess:
+    """A running server; its owner stops it."""
+
+    def __init__(self, process: subprocess.Popen[bytes], link: socket.socket, address: str) -> None:
+        self.address = address
+        self._process = process
+        self._link = link
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    def stop(self) -> None:
+        """End it, and wait until it has ended. May be called twice."""
+        self._link.close()
+        try:
+            self._process.wait(STOP_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(STOP_LIMIT_S)
+
+
+def start_server(settings: ServerSettings, world: World) -> ServerProcess:
+    """Start a server. Raises `QueueLostError` when it does not come up, with what it said."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = world.start_python(
+            "asyncflow.data.serve",
+            [str(theirs.fileno())],
+            environment={},
+            pass_fds=[theirs.fileno()],
+            stderr=STDERR_FD,
+        )
+    ours.settimeout(START_LIMIT_S)
+    try:
+        ours.sendall(msgspec.json.encode(settings) + b"\n")
+        started = msgspec.json.decode(read_line(ours), type=Started)
+        if started.error:
+            raise RunFolderError(started.error)
+    except (OSError, msgspec.MsgspecError) as error:
+        process.kill()
+        process.wait()
+        raise QueueLostError(f"the transfer queue's server did not come up: {error}") from error
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    return ServerProcess(process, ours, started.address)
+
+
+def read_line(link: socket.socket) -> bytes:
+    """One line from the other side. Raises `OSError` when it ends before."""
+    line = b""
+    while not line.endswith(b"\n") and len(line) < MAX_LINE_BYTES:
+        data = link.recv(1 << 16)
+        if not data:
+            raise OSError("it ended before it could serve")
+        line += data
+    return line
