@@ -21,7 +21,7 @@ from tests.data.log_files import SMALL, Content, names, open_log, read, write
 contents = st.lists(st.tuples(st.binary(max_size=60), st.binary(max_size=300)), max_size=8)
 
 
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(openings=st.lists(contents, max_size=3), segment_bytes=st.integers(1, 900), each_round=st.booleans())
 def test_records_come_back_in_order(openings: list[list[Content]], segment_bytes: int, each_round: bool) -> None:
     with tempfile.TemporaryDirectory() as name:

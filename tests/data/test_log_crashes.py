@@ -196,3 +196,25 @@ async def test_rounds_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     await log.aclose()
     assert sum(sizes) == 50 << 20
     assert max(sizes) <= 17 << 20
+
+
+async def test_nothing_is_acknowledged_before_its_segment_has_a_name_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = open_log(tmp_path, segment_bytes=1)  # each record in a segment of its own
+    await log.flush()
+    synced: list[str] = []
+    monkeypatch.setattr(log_segments, "sync_folder", lambda folder: synced.append("folder"))
+    real = os.fdatasync
+
+    def fdatasync(descriptor: int) -> None:
+        synced.append("file")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    acted: list[list[str]] = []
+    for _ in range(2):
+        log.when_safe(log.append(b"m"), lambda: acted.append(list(synced)))
+    await log.aclose()
+    assert synced[-3:] == ["file", "folder", "file"], "what is before a segment is on the disk when it begins"
+    assert acted[-1] == synced
