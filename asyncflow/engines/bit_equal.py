@@ -1,6 +1,6 @@
 """What has to hold in a process so that equal calls give equal bits, on machines of one type.
 
-- **The number of threads is fixed**: sums of a matrix product are split among them.
+- **The number of threads is fixed**: long sums are split among them.
 - **Nothing depends on timing**: torch refuses algorithms that add up in the order in which
   threads arrive.
 - **Weights begin at a multiple of 64 bytes** (`aligned`): files give them any address, and the
@@ -37,7 +37,6 @@ def bit_equal() -> Iterator[None]:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
     torch.use_deterministic_algorithms(mode=True, warn_only=False)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    torch.set_num_threads(torch.get_num_threads())  # tells MKL, too, to take exactly as many as it is given
     try:
         yield
     finally:

@@ -36,6 +36,8 @@ class TimedCalls:
         def compute() -> ResultT:
             # OpenMP keeps a number for each thread that asks, MKL one for the process, which another
             # compute thread may have set since: so it is set again, though it may be ours already.
+            # A thread that asks for the first time is given what any thread set last: ask before.
+            torch.get_num_threads()
             if num_threads:
                 torch.set_num_threads(num_threads)
             return call()

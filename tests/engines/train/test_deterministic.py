@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from asyncflow.core.metrics import NullObserver
 from asyncflow.core.types import MicroBatch
+from asyncflow.engines.train.compute_thread import ComputeThread
+from asyncflow.engines.train.timed_calls import TimedCalls
 from asyncflow.engines.train.torch_engine import TorchTrainEngine
 from asyncflow.engines.train.torch_scorer import TorchScorer
 from tests.engines.train.tiny import CONFIG, PHASE, build_tiny_model, make_batch, make_loss, open_engine, select
@@ -63,6 +67,20 @@ async def test_any_step_is_repeated_on_the_threads_it_reported(tmp_path: Path) -
     weights, reported = await repeat(source, batches, [2, 0, 1, 2])
     assert reported == [2, 2, 1, 2]
     assert await repeat(source, batches, reported) == (weights, reported)
+
+
+async def test_other_threads_do_not_change_the_number() -> None:
+    """A thread that asks torch for the first time is given what any thread set last."""
+    thread = ComputeThread("test")
+
+    def call() -> int:
+        other = threading.Thread(target=torch.set_num_threads, args=(1,))
+        other.start()
+        other.join()
+        return torch.get_num_threads()
+
+    assert await TimedCalls(thread, "test", NullObserver(), lambda: 2).run("call", call) == 2
+    thread.close()
 
 
 async def test_the_flags_end_with_the_engine(tmp_path: Path) -> None:
