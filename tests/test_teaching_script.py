@@ -175,10 +175,11 @@ def to_samples(teach: ModuleType, step: Step) -> list[Any]:
     found: list[tuple[int, int, list[int], int, list[float]]] = []
     for batch in step.batches:
         names = (TOKEN_IDS, LOSS_MASK, LOGPROBS, REWARD)
-        for row, *arrays in zip(batch.rows, *(batch.columns[name].rows() for name in names), strict=True):
+        rows = (batch.rows.tickets.tolist(), batch.rows.indices.tolist())
+        for ticket, index, *arrays in zip(*rows, *(batch.columns[name].rows() for name in names), strict=True):
             tokens, mask, logprobs, reward = arrays
-            rewards.setdefault(row.ticket, [0.0] * 8)[row.index] = float(reward[0])
-            found.append((row.ticket, row.index, tokens.tolist(), int((~mask).sum()), logprobs[mask].tolist()))
+            rewards.setdefault(ticket, [0.0] * 8)[index] = float(reward[0])
+            found.append((ticket, index, tokens.tolist(), int((~mask).sum()), logprobs[mask].tolist()))
     advantages = {ticket: teach.advantages(values) for ticket, values in rewards.items()}
     return [
         teach.Sample(token_ids=tokens, num_prompt=num_prompt, logprobs=logprobs, advantage=advantages[ticket][index])

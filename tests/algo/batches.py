@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from asyncflow.core.columns import ADVANTAGE, LOGPROBS, LOSS_MASK, REF_LOGPROBS, TOKEN_IDS
-from asyncflow.core.types import MicroBatch, Ragged, RowId, Ticket
+from asyncflow.core.types import MicroBatch, Ragged, Rows
 
 
 def make_batch(masks: Sequence[Sequence[bool]], seed: int = 0) -> MicroBatch:
@@ -19,7 +19,7 @@ def make_batch(masks: Sequence[Sequence[bool]], seed: int = 0) -> MicroBatch:
         return Ragged(values=values, lengths=lengths)
 
     return MicroBatch(
-        rows=tuple(RowId(Ticket(3), index) for index in range(len(masks))),
+        rows=Rows.of_groups(np.array([3]), len(masks)),
         columns={
             TOKEN_IDS: per_token(rng.integers(0, 9, total).astype(np.int32)),
             LOSS_MASK: per_token(sampled),

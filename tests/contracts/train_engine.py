@@ -111,7 +111,7 @@ async def a_loss_that_is_no_number_is_refused(subject: Subject[TensorT]) -> None
     column = batch.columns[LOGPROBS]
     broken = Ragged(values=np.full_like(column.values, np.nan), lengths=column.lengths)
     bad_batch = MicroBatch(rows=batch.rows, columns={**batch.columns, LOGPROBS: broken})
-    with pytest.raises(NonFiniteError, match=str(batch.rows[0].ticket)):
+    with pytest.raises(NonFiniteError, match=str(batch.rows.tickets[0])):
         await subject.engine.accumulate(bad_batch, subject.loss)
     assert np.isfinite((await subject.take_step()).grad_norm)
 

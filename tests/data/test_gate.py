@@ -52,7 +52,7 @@ def test_no_order_of_events_breaks_the_bound(
             del line[rng.choice(choices)]
         elif choices:
             rank = int(rng.choice(choices))
-            if gate.may_take(rank=rank, oldest_rank=choices[0], step=step):
+            if rank < gate.rank_limit(oldest_rank=choices[0], step=step):
                 assert step - line[rank][0] <= gate.bound
                 line[rank][1] = 1
                 taken += 1

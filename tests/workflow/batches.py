@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from asyncflow.core.columns import LOGPROBS, LOSS_MASK, REWARD, TOKEN_IDS, VERSIONS
-from asyncflow.core.types import NOT_SAMPLED, MicroBatch, Ragged, RowId, Ticket
+from asyncflow.core.types import NOT_SAMPLED, MicroBatch, Ragged, Rows
 
 
 def group_columns(rewards: Sequence[float], lengths: Sequence[int], *, first_token: int = 0) -> dict[str, Ragged]:
@@ -31,4 +31,4 @@ def versions_batch(versions: Sequence[int], tickets: Sequence[int] = (7,)) -> Mi
         LOSS_MASK: Ragged.stack([row != NOT_SAMPLED for row in rows]),
         VERSIONS: Ragged.stack(list(rows)),
     }
-    return MicroBatch(rows=tuple(RowId(Ticket(ticket), 0) for ticket in tickets), columns=columns)
+    return MicroBatch(rows=Rows.of_groups(np.array(tickets), 1), columns=columns)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -18,7 +18,7 @@ from asyncflow.core.types import FloatArray, MicroBatch, PolicyVersion, Prompt, 
 from asyncflow.core.world import MemoryDisk, World
 from asyncflow.data.gate import Gate
 from asyncflow.data.ledger import QueueTask
-from asyncflow.data.queue import TransferQueue
+from asyncflow.data.local_queue import LocalQueue
 from asyncflow.engines.scripted import Script, ScriptedTrainer
 from asyncflow.plan.simulate import simulate
 from asyncflow.plan.virtual import run_virtually
@@ -28,6 +28,15 @@ from tests.workflow.batches import group_columns
 
 WORLD = World(disk=MemoryDisk(), is_real=False)
 
+_made: list[LocalQueue] = []
+
+
+@pytest.fixture(autouse=True)
+def _memory_is_given_back() -> Iterator[None]:
+    yield
+    while _made:
+        _made.pop().close()
+
 
 @dataclass(slots=True, kw_only=True)
 class Reference(ScriptedTrainer):
@@ -36,26 +45,28 @@ class Reference(ScriptedTrainer):
     batches: list[set[Ticket]] = field(default_factory=list)
 
     async def logprobs(self, batch: MicroBatch) -> FloatArray:
-        self.batches.append({row.ticket for row in batch.rows})
+        self.batches.append({*map(Ticket, batch.rows.tickets.tolist())})
         await asyncio.sleep(1)
         scores: FloatArray = -batch[TOKEN_IDS].astype(np.float32)
         return scores
 
 
-def make_queue(*needs: str) -> TransferQueue:
+def make_queue(*needs: str) -> LocalQueue:
     tasks = [
         QueueTask(name="train", needs=(TOKEN_IDS, *needs), trains=True),
         QueueTask(name=ADVANTAGES, needs=(REWARD,)),
         QueueTask(name=REFERENCE, needs=(TOKEN_IDS,)),
     ]
-    return TransferQueue(tasks, Gate(groups_per_step=8, max_staleness=0, steps=9))
+    queue = LocalQueue(tasks, Gate(groups_per_step=8, max_staleness=0, steps=9))
+    _made.append(queue)
+    return queue
 
 
-async def put(queue: TransferQueue, *groups: Mapping[str, Ragged]) -> list[Ticket]:
+async def put(queue: LocalQueue, *groups: Mapping[str, Ragged]) -> list[Ticket]:
     queue.advance(PolicyVersion(step=0))
     tickets = [await queue.reserve() for _ in groups]
     for ticket, columns in zip(tickets, groups, strict=True):
-        queue.put(ticket, columns)
+        await queue.put(ticket, columns)
     return tickets
 
 
@@ -80,9 +91,10 @@ def test_advantages_are_those_of_each_group_by_itself() -> None:
         await put(queue, *(group_columns(values, [3, 2, 4]) for values in rewards.values()))
         lease = queue.lease("train")
         async for batch in queue.stream(lease, groups=3, max_tokens=5):  # rows of a group in several batches
-            for row, advantage in zip(batch.rows, batch[ADVANTAGE], strict=True):
-                assert advantage == pytest.approx(grpo(np.array(rewards[row.ticket], np.float32))[row.index])
-        queue.acknowledge(lease)
+            pairs = zip(batch.rows.tickets.tolist(), batch.rows.indices.tolist(), strict=True)
+            for (ticket, index), advantage in zip(pairs, batch[ADVANTAGE], strict=True):
+                assert advantage == pytest.approx(grpo(np.array(rewards[ticket], np.float32))[index])
+        await queue.acknowledge(lease)
 
     run_virtually(beside([partial(advantage_stage, queue, grpo, drop_no_signal=False)], work()))
     assert queue.counts().trained == 3
@@ -98,7 +110,7 @@ def test_groups_without_signal_are_dropped_only_where_asked() -> None:
             await put(queue, *groups)
             expected = {1} if drop_no_signal else {0, 1, 2}
             stream = queue.stream(queue.lease("train"), groups=len(expected), max_tokens=99)
-            assert {row.ticket async for batch in stream for row in batch.rows} == expected
+            assert {ticket async for batch in stream for ticket in batch.rows.tickets.tolist()} == expected
 
         await beside([partial(advantage_stage, queue, dr_grpo, drop_no_signal=drop_no_signal)], work())
         return queue.counts().dropped
@@ -118,7 +130,7 @@ def test_reference_logprobs_land_on_their_rows_whatever_the_micro_batches() -> N
             num_rows += len(batch.rows)
             assert batch[REF_LOGPROBS].tolist() == (-batch[TOKEN_IDS].astype(np.float32)).tolist()
             assert batch.columns[REF_LOGPROBS].lengths.tolist() == batch.lengths.tolist()
-        queue.acknowledge(lease)
+        await queue.acknowledge(lease)
         assert num_rows == 12
 
     reference = Reference(world=WORLD, script=Script())
@@ -136,7 +148,7 @@ def test_the_reference_scores_several_small_groups_at_once_and_none_waits_for_ot
         lease = queue.lease("train")
         async for _ in queue.stream(lease, groups=5, max_tokens=99):
             pass
-        queue.acknowledge(lease)
+        await queue.acknowledge(lease)
 
     run_virtually(beside([partial(reference_stage, queue, reference, max_tokens=13)], work()))
     assert reference.batches == [{0, 1}, {2}, {3}, {3}, {4}]
@@ -151,7 +163,7 @@ def test_a_group_dropped_while_it_is_scored_is_passed_over(seed: int) -> None:
         equal = group_columns([1.0] * 4, [7, 2, 5, 3])
         await put(queue, equal, group_columns([0.0, 1.0], [4, 4]), equal)
         batch = await queue.take(queue.lease("train"), max_groups=3)
-        assert {row.ticket for row in batch.rows} == {1}
+        assert set(batch.rows.tickets.tolist()) == {1}
 
     stages = [
         partial(advantage_stage, queue, grpo, drop_no_signal=True),
@@ -168,7 +180,7 @@ def test_split_groups_keeps_rows_with_their_columns() -> None:
         batch = await queue.take(queue.lease(ADVANTAGES), max_groups=2)
         groups = dict(split_groups(batch))
         assert {ticket: group[REWARD].tolist() for ticket, group in groups.items()} == {0: [1.0, 2.0], 1: [3.0]}
-        assert [row.index for row in groups[Ticket(0)].rows] == [0, 1]
+        assert groups[Ticket(0)].rows.indices.tolist() == [0, 1]
 
     run_virtually(main())
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from asyncflow.core.columns import LOSS_MASK, TOKEN_IDS
 from asyncflow.core.errors import InvariantError, StalenessError
-from asyncflow.core.types import NOT_SAMPLED, MicroBatch, Ragged, RowId, Ticket
+from asyncflow.core.types import NOT_SAMPLED, MicroBatch, Ragged, Rows
 from asyncflow.workflow.staleness import check_staleness
 from asyncflow.workflow.totals import StepTotals
 from tests.workflow.batches import group_columns, versions_batch
@@ -41,7 +41,7 @@ def test_the_totals_of_a_step_add_up_over_its_batches() -> None:
     columns = group_columns([1.0, 0.0], [4, 2])
     totals = StepTotals(step=1, bound=1)
     for ticket in (5, 6):
-        rows = (RowId(Ticket(ticket), 0), RowId(Ticket(ticket), 1))
+        rows = Rows.of_groups(np.array([ticket]), 2)
         totals.add(MicroBatch(rows=rows, columns=columns), denominator=4.0)
     assert (totals.denominator, totals.num_batches, totals.num_samples) == (8.0, 2, 4)
     assert (totals.num_tokens, totals.num_sampled) == (12, 8)
@@ -51,7 +51,7 @@ def test_the_totals_of_a_step_add_up_over_its_batches() -> None:
 
 def test_a_batch_beyond_the_bound_is_not_counted_as_trained() -> None:
     columns = group_columns([1.0, 0.0], [4, 2])
-    rows = (RowId(Ticket(5), 0), RowId(Ticket(5), 1))
+    rows = Rows.of_groups(np.array([5]), 2)
     with pytest.raises(StalenessError):
         StepTotals(step=2, bound=1).add(MicroBatch(rows=rows, columns=columns), denominator=4.0)
 
@@ -59,5 +59,5 @@ def test_a_batch_beyond_the_bound_is_not_counted_as_trained() -> None:
 def test_demonstrations_have_neither_staleness_nor_reward() -> None:
     columns = {TOKEN_IDS: Ragged.stack([np.array([1, 2])]), LOSS_MASK: Ragged.stack([np.array([False, True])])}
     totals = StepTotals(step=0, bound=0)
-    totals.add(MicroBatch(rows=(RowId(Ticket(0), 0),), columns=columns), denominator=1.0)
+    totals.add(MicroBatch(rows=Rows.of_groups(np.array([0]), 1), columns=columns), denominator=1.0)
     assert (totals.staleness_mean, totals.staleness_max, totals.reward_mean, totals.length_mean) == (0.0, 0, 0.0, 1.0)

@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import TypeVar
 
 import numpy as np
 import pytest
 
-from asyncflow.core.errors import DeadlockError, LedgerError
-from asyncflow.core.types import PolicyVersion, Ragged, Ticket
+from asyncflow.core.errors import ColumnError, DeadlockError, LedgerError, QueueError
+from asyncflow.core.types import PolicyVersion, Ragged, Rows, Ticket
+from asyncflow.data import records
 from asyncflow.data.gate import Gate
-from asyncflow.data.ledger import QueueTask, Transition
-from asyncflow.data.queue import TransferQueue
+from asyncflow.data.ledger import QueueTask
+from asyncflow.data.local_queue import LocalQueue
+from asyncflow.data.log import Log, MemoryLog
 from asyncflow.plan.virtual import run_virtually
+from tests.data.arenas import arenas_open
 
 ResultT = TypeVar("ResultT")
+
+_made: list[LocalQueue] = []
+
+
+def keep(queue: LocalQueue) -> LocalQueue:
+    """A queue whose memory is given back when the test ends."""
+    _made.append(queue)
+    return queue
+
+
+@pytest.fixture(autouse=True)
+def _memory_is_given_back() -> Iterator[None]:
+    yield
+    while _made:
+        _made.pop().close()
+    assert arenas_open() == []
 
 
 def virtually(main: Coroutine[None, None, ResultT]) -> ResultT:
@@ -24,14 +43,14 @@ def virtually(main: Coroutine[None, None, ResultT]) -> ResultT:
 
 
 def make_queue(
-    groups_per_step: int = 2, max_staleness: int = 1, look_ahead: int = 1, journal: list[Transition] | None = None
-) -> TransferQueue:
+    groups_per_step: int = 2, max_staleness: int = 1, look_ahead: int = 1, log: Log | None = None
+) -> LocalQueue:
     tasks = [
         QueueTask(name="train", needs=("token_ids", "advantage"), trains=True),
         QueueTask(name="score", needs=("token_ids",)),
     ]
     gate = Gate(groups_per_step=groups_per_step, max_staleness=max_staleness, steps=100, look_ahead=look_ahead)
-    queue = TransferQueue(tasks, gate, journal=journal.append if journal is not None else lambda _: None)
+    queue = keep(LocalQueue(tasks, gate, log=log))
     queue.advance(PolicyVersion(step=0))
     return queue
 
@@ -45,6 +64,10 @@ def whole(ticket: int, *lengths: int) -> dict[str, Ragged]:
     return {**group(ticket, *lengths), "advantage": ones(len(lengths))}
 
 
+def named(rows: Rows) -> list[tuple[int, int]]:
+    return list(zip(rows.tickets.tolist(), rows.indices.tolist(), strict=True))
+
+
 def ones(num_rows: int) -> Ragged:
     return Ragged(values=np.ones(num_rows, np.float32), lengths=np.ones(num_rows, np.int32))
 
@@ -53,7 +76,7 @@ def test_a_task_is_offered_a_group_when_its_columns_exist_and_not_before() -> No
     async def main() -> None:
         queue = make_queue()
         ticket = await queue.reserve()
-        queue.put(ticket, group(ticket, 3, 2))
+        await queue.put(ticket, group(ticket, 3, 2))
         score, train = queue.lease("score"), queue.lease("train")
         batch = await queue.take(score, max_groups=8)
         with pytest.raises(TimeoutError):
@@ -74,7 +97,7 @@ def test_a_parked_take_is_answered_by_the_put_itself() -> None:
             waiting = tasks.create_task(queue.take(queue.lease("train"), max_groups=1), name="take")
             await asyncio.sleep(5)
             ticket = await queue.reserve()
-            queue.put(ticket, whole(ticket, 1))
+            await queue.put(ticket, whole(ticket, 1))
             await waiting
         return asyncio.get_running_loop().time()
 
@@ -86,11 +109,11 @@ def test_workers_of_one_task_get_disjoint_groups() -> None:
         queue = make_queue(groups_per_step=8)
         for _ in range(8):
             ticket = await queue.reserve()
-            queue.put(ticket, whole(ticket, 2))
+            await queue.put(ticket, whole(ticket, 2))
         first = await queue.take(queue.lease("score"), max_groups=3)
         second = await queue.take(queue.lease("score"), max_groups=99)
-        assert [row.ticket for row in first.rows] == [0, 1, 2]
-        assert [row.ticket for row in second.rows] == [3, 4, 5, 6, 7]
+        assert first.rows.tickets.tolist() == [0, 1, 2]
+        assert second.rows.tickets.tolist() == [3, 4, 5, 6, 7]
 
     virtually(main())
 
@@ -100,15 +123,15 @@ def test_stream_gives_exactly_the_groups_asked_for_each_row_once() -> None:
         queue = make_queue(groups_per_step=3)
         tickets = [await queue.reserve() for _ in range(6)]
         for ticket in (2, 0, 5, 1, 4, 3):  # finished in another order than admitted
-            queue.put(Ticket(tickets[ticket]), whole(ticket, 4, 1, 7))
+            await queue.put(Ticket(tickets[ticket]), whole(ticket, 4, 1, 7))
         lease = queue.lease("train")
         batches = [batch async for batch in queue.stream(lease, groups=3, max_tokens=10)]
-        rows = [row for batch in batches for row in batch.rows]
-        assert sorted((row.ticket, row.index) for row in rows) == [(t, i) for t in range(3) for i in range(3)]
+        rows = [row for batch in batches for row in named(batch.rows)]
+        assert sorted(rows) == [(t, i) for t in range(3) for i in range(3)]
         assert all(batch.num_tokens <= 10 for batch in batches)
         for batch in batches:
-            for row, tokens in zip(batch.rows, batch.columns["token_ids"].rows(), strict=True):
-                assert set(tokens.tolist()) == {row.ticket}
+            for (ticket, _), tokens in zip(named(batch.rows), batch.columns["token_ids"].rows(), strict=True):
+                assert set(tokens.tolist()) == {ticket}
 
     virtually(main())
 
@@ -119,17 +142,17 @@ def test_inside_a_step_the_order_is_free_and_beyond_it_strict() -> None:
         for _ in range(4):
             await queue.reserve()
         lease = queue.lease("train")
-        queue.put(Ticket(2), whole(2, 1))  # of the next step: must wait for 0 and 1
+        await queue.put(Ticket(2), whole(2, 1))  # of the next step: must wait for 0 and 1
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(1):
                 await queue.take(lease, max_groups=1)
-        queue.put(Ticket(1), whole(1, 1))
-        assert (await queue.take(lease, max_groups=9)).rows[0].ticket == 1
-        queue.put(Ticket(0), whole(0, 1))
-        assert (await queue.take(lease, max_groups=9)).rows[0].ticket == 0
-        queue.acknowledge(lease)
+        await queue.put(Ticket(1), whole(1, 1))
+        assert (await queue.take(lease, max_groups=9)).rows.tickets.tolist() == [1]
+        await queue.put(Ticket(0), whole(0, 1))
+        assert (await queue.take(lease, max_groups=9)).rows.tickets.tolist() == [0]
+        await queue.acknowledge(lease)
         queue.begin_step(1)
-        assert (await queue.take(lease, max_groups=9)).rows[0].ticket == 2
+        assert (await queue.take(lease, max_groups=9)).rows.tickets.tolist() == [2]
 
     virtually(main())
 
@@ -140,18 +163,18 @@ def test_look_ahead_lets_a_slow_group_be_passed_by_so_many_and_no_more() -> None
         for _ in range(5):
             await queue.reserve()
         for ticket in (1, 2, 3, 4):
-            queue.put(Ticket(ticket), whole(ticket, 1))
+            await queue.put(Ticket(ticket), whole(ticket, 1))
         lease = queue.lease("train")
         for step, expected in enumerate((1, 2)):
             queue.begin_step(step)
-            assert (await queue.take(lease, max_groups=1)).rows[0].ticket == expected
-            queue.acknowledge(lease)
+            assert (await queue.take(lease, max_groups=1)).rows.tickets.tolist() == [expected]
+            await queue.acknowledge(lease)
         queue.begin_step(2)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(1):
                 await queue.take(lease, max_groups=1)
-        queue.put(Ticket(0), whole(0, 1))
-        assert (await queue.take(lease, max_groups=1)).rows[0].ticket == 0
+        await queue.put(Ticket(0), whole(0, 1))
+        assert (await queue.take(lease, max_groups=1)).rows.tickets.tolist() == [0]
 
     virtually(main())
 
@@ -160,13 +183,13 @@ def test_released_groups_are_offered_again_and_acknowledged_ones_are_gone() -> N
     async def main() -> None:
         queue = make_queue()
         ticket = await queue.reserve()
-        queue.put(ticket, whole(ticket, 2))
+        await queue.put(ticket, whole(ticket, 2))
         lost = queue.lease("train")
         await queue.take(lost, max_groups=1)
         queue.release(lost)
         kept = queue.lease("train")
-        assert (await queue.take(kept, max_groups=1)).rows[0].ticket == ticket
-        queue.acknowledge(kept)
+        assert (await queue.take(kept, max_groups=1)).rows.tickets.tolist() == [ticket]
+        await queue.acknowledge(kept)
         assert queue.num_groups_held == 0
         assert (queue.counts().trained, queue.counts().pending) == (1, 0)
 
@@ -199,7 +222,7 @@ def test_a_full_gate_parks_reserve_until_weights_advance_or_a_group_is_dropped()
 def test_nothing_starts_before_weights_are_live() -> None:
     async def main() -> None:
         gate = Gate(groups_per_step=2, max_staleness=3, steps=9)
-        queue = TransferQueue([QueueTask(name="train", needs=("token_ids",), trains=True)], gate)
+        queue = keep(LocalQueue([QueueTask(name="train", needs=("token_ids",), trains=True)], gate))
         await queue.reserve()
 
     with pytest.raises(DeadlockError, match="main waits in"):
@@ -231,10 +254,10 @@ def test_groups_granted_to_a_cancelled_consumer_are_offered_again(seed: int) -> 
         async with asyncio.TaskGroup() as tasks:
             doomed = tasks.create_task(queue.take(lease, max_groups=1), name="doomed")
             await asyncio.sleep(1)
-            queue.put(ticket, whole(ticket, 1))
+            await queue.put(ticket, whole(ticket, 1))
             doomed.cancel()
-        assert lease.tickets == []
-        assert (await queue.take(lease, max_groups=1)).rows[0].ticket == ticket
+        assert queue.control.ledger.num_ready("train") == 1  # nobody holds it
+        assert (await queue.take(lease, max_groups=1)).rows.tickets.tolist() == [ticket]
 
     run_virtually(main(), seed=seed)
 
@@ -243,23 +266,23 @@ def test_wrong_use_is_refused_with_a_reason() -> None:
     async def main() -> None:
         queue = make_queue()
         ticket = await queue.reserve()
-        with pytest.raises(LedgerError, match="differ in their number of rows"):
-            queue.put(ticket, {**group(ticket, 1, 1), "advantage": ones(1)})
-        queue.put(ticket, group(ticket, 1, 1))
-        with pytest.raises(LedgerError, match="put twice"):
-            queue.put(ticket, group(ticket, 1, 1))
+        with pytest.raises(ColumnError, match="advantage has 1 rows, the columns before it have 2"):
+            await queue.put(ticket, {**group(ticket, 1, 1), "advantage": ones(1)})
+        await queue.put(ticket, group(ticket, 1, 1))
+        with pytest.raises(QueueError, match="ticket 0 is not reserved"):
+            await queue.put(ticket, group(ticket, 1, 1))
         batch = await queue.take(queue.lease("score"), max_groups=1)
         queue.write(batch, "advantage", ones(2))
-        with pytest.raises(LedgerError, match="written twice"):
+        with pytest.raises(ColumnError, match="a column is written once"):
             queue.write(batch, "advantage", ones(2))
         lease = queue.lease("train")
         await queue.take(lease, max_groups=1)
         with pytest.raises(LedgerError, match="being trained"):
             queue.drop(ticket, reason="late")
-        queue.acknowledge(lease)
+        await queue.acknowledge(lease)
         with pytest.raises(LedgerError, match="not pending"):
             queue.drop(ticket, reason="late")
-        with pytest.raises(LedgerError, match="no task 'tain'"):
+        with pytest.raises(QueueError, match="no task 'tain'"):
             queue.lease("tain")
         with pytest.raises(LedgerError, match="went back"):
             queue.advance(PolicyVersion(step=-1))
@@ -271,36 +294,102 @@ def test_a_refused_put_leaves_nothing_behind() -> None:
     async def main() -> None:
         queue = make_queue()
         ticket = await queue.reserve()
-        with pytest.raises(LedgerError):
-            queue.put(Ticket(99), group(99, 1))
-        assert queue.num_groups_held == 0
-        queue.put(ticket, group(ticket, 1))
-        with pytest.raises(LedgerError):
-            queue.put(ticket, group(5, 3))
+        with pytest.raises(QueueError, match="not reserved"):
+            await queue.put(Ticket(99), group(99, 1))
+        assert (queue.control.num_blocks, queue.counts().pending) == (0, 1)
+        await queue.put(ticket, group(ticket, 1))
+        with pytest.raises(QueueError, match="not reserved"):
+            await queue.put(ticket, group(5, 3))
+        assert queue.control.num_blocks == 1
         batch = await queue.take(queue.lease("score"), max_groups=1)
         assert batch["token_ids"].tolist() == [ticket]
 
     virtually(main())
 
 
-def test_every_transition_is_journalled_before_its_effect() -> None:
+def test_every_transition_is_logged_before_its_effect() -> None:
     async def main() -> None:
-        journal: list[Transition] = []
-        queue = make_queue(journal=journal)
+        log = MemoryLog()
+        queue = make_queue(log=log)
         ticket = await queue.reserve()
-        queue.put(ticket, whole(ticket, 2))
+        assert isinstance(records.decode(log.records[-1][0]), records.Admitted)
+        await queue.put(ticket, whole(ticket, 2))
         lease = queue.lease("train")
-        await queue.take(lease, max_groups=1)
-        queue.acknowledge(lease)
+        batch = await queue.take(lease, max_groups=1)
+        await queue.acknowledge(lease, step=1)
         queue.drop(await queue.reserve(), reason="no signal")
-        assert [(entry.kind, entry.ticket, entry.detail) for entry in journal] == [
-            ("admitted", 0, ""),
-            ("produced", 0, "1"),
-            ("leased", 0, "train"),
-            ("trained", 0, "train"),
-            ("admitted", 1, ""),
-            ("dropped", 1, "no signal"),
+        found = [records.decode(meta) for meta, _ in log.records]
+        produced = found[2]
+        assert isinstance(produced, records.Produced)
+        assert [spec.name for spec in produced.columns] == ["token_ids", "advantage"]
+        assert found == [
+            records.Live(step=0, lineage="", fingerprint=""),
+            records.Admitted(first=0, count=1, live_step=0),
+            records.Produced(first=0, count=1, group_size=1, columns=produced.columns),
+            records.Taken(task="train", tickets=tickets(0)),
+            records.Trained(step=1, tickets=tickets(0), batches=(records.row_bytes(batch.rows),)),
+            records.Admitted(first=1, count=1, live_step=0),
+            records.Dropped(tickets=tickets(1), reason="no signal"),
         ]
+
+    virtually(main())
+
+
+def tickets(*numbers: int) -> bytes:
+    return records.ticket_bytes(np.array(numbers, np.int64))
+
+
+class SlowLog(MemoryLog):
+    """Nothing is safe before `release`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: list[Callable[[], None]] = []
+
+    def when_safe(self, lsn: int, action: Callable[[], None]) -> None:
+        self.waiting.append(action)
+
+    def release(self) -> None:
+        waiting, self.waiting = self.waiting, []
+        for action in waiting:
+            action()
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+def test_nothing_is_answered_before_its_record_is_safe(is_cancelled: bool) -> None:
+    """Whoever is cancelled meanwhile leaves nothing leased or reserved."""
+
+    async def main() -> None:
+        log = SlowLog()
+        queue = make_queue(log=log)
+
+        async def safely(work: Coroutine[None, None, ResultT]) -> ResultT:
+            async with asyncio.TaskGroup() as group:
+                waiting = group.create_task(work, name="work")
+                await asyncio.sleep(1)
+                assert not waiting.done()
+                log.release()
+            return waiting.result()
+
+        async def cancelled(work: Coroutine[None, None, object]) -> None:
+            async with asyncio.TaskGroup() as group:
+                waiting = group.create_task(work, name="cancelled")
+                await asyncio.sleep(1)
+                waiting.cancel()
+            log.release()
+
+        if is_cancelled:
+            await cancelled(queue.reserve())
+        ticket = await safely(queue.reserve())
+        assert ticket == 0
+        await safely(queue.put(ticket, whole(ticket, 1)))
+        lease = queue.lease("train")
+        if is_cancelled:
+            await cancelled(queue.take(lease, max_groups=1))
+        batch = await safely(queue.take(lease, max_groups=1))
+        assert named(batch.rows) == [(0, 0)]
+        await safely(queue.acknowledge(lease, step=1))
+        assert queue.counts().trained == 1
 
     virtually(main())
 
@@ -311,16 +400,18 @@ def test_a_queue_restored_from_a_snapshot_issues_the_unfinished_tickets_again() 
         for _ in range(4):
             await queue.reserve()
         for ticket in (0, 1, 3):
-            queue.put(Ticket(ticket), whole(ticket, 1))
+            await queue.put(Ticket(ticket), whole(ticket, 1))
         lease = queue.lease("train")
         await queue.take(lease, max_groups=2)
-        queue.acknowledge(lease)
+        await queue.acknowledge(lease)
         snapshot = queue.snapshot()
         assert snapshot.pending == (2, 3)
-        restored = TransferQueue(
-            [QueueTask(name="train", needs=("token_ids",), trains=True)],
-            Gate(groups_per_step=2, max_staleness=1, steps=100),
-            snapshot=snapshot,
+        restored = keep(
+            LocalQueue(
+                [QueueTask(name="train", needs=("token_ids",), trains=True)],
+                Gate(groups_per_step=2, max_staleness=1, steps=100),
+                snapshot=snapshot,
+            )
         )
         restored.advance(PolicyVersion(step=1))
         assert [await restored.reserve() for _ in range(4)] == [2, 3, 4, 5]
@@ -336,10 +427,12 @@ def test_tickets_issued_again_wait_for_the_gate_of_the_resumed_run() -> None:
         queue = make_queue(groups_per_step=2, max_staleness=3)
         for _ in range(8):
             await queue.reserve()
-        restored = TransferQueue(
-            [QueueTask(name="train", needs=("token_ids",), trains=True)],
-            Gate(groups_per_step=2, max_staleness=0, steps=2),
-            snapshot=queue.snapshot(),
+        restored = keep(
+            LocalQueue(
+                [QueueTask(name="train", needs=("token_ids",), trains=True)],
+                Gate(groups_per_step=2, max_staleness=0, steps=2),
+                snapshot=queue.snapshot(),
+            )
         )
         restored.advance(PolicyVersion(step=0))
         assert [await restored.reserve() for _ in range(2)] == [0, 1]
@@ -354,5 +447,27 @@ def test_tickets_issued_again_wait_for_the_gate_of_the_resumed_run() -> None:
             async with asyncio.timeout(1):
                 await restored.reserve()
         assert restored.counts().pending == 7
+
+    virtually(main())
+
+
+def test_many_groups_dropped_before_and_after_their_put_leave_nothing_behind() -> None:
+    """A consumer holds a lease on groups that are dropped and long forgotten when it acknowledges."""
+
+    async def main() -> None:
+        queue = make_queue(groups_per_step=8, look_ahead=9)
+        lease = queue.lease("score")
+        for number in range(2_000):
+            ticket = await queue.reserve()
+            assert ticket == number
+            if number % 3:
+                await queue.put(ticket, group(ticket, 1))
+                await queue.take(lease, max_groups=1)
+            queue.drop(ticket, reason="failed")
+        await queue.acknowledge(lease)
+        assert queue.counts().dropped == {"failed": 2_000}
+        assert queue.control.num_blocks == 0
+        kept = [queue.control.directory._tickets, queue.control.ledger._window]
+        assert max(window.end - window.base for window in kept) < 600
 
     virtually(main())
