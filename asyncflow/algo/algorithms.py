@@ -38,9 +38,8 @@ def make_algorithm(config: AlgorithmConfig, *, max_tokens: int) -> Algorithm[Ten
     """The algorithm of a configuration; `max_tokens` is the longest completion."""
     from asyncflow.algo.losses import PolicyLoss  # imports torch, which only a real run has
 
-    columns = (TOKEN_IDS, LOSS_MASK, LOGPROBS, VERSIONS, ADVANTAGE)
     return Algorithm(
-        columns=(*columns, REF_LOGPROBS) if config.kl_coef > 0 else columns,
+        columns=columns_of(config),
         loss=PolicyLoss(
             correction=_make_correction(config),
             aggregation=Aggregation(mode=config.aggregation, max_tokens=max_tokens),
@@ -48,6 +47,12 @@ def make_algorithm(config: AlgorithmConfig, *, max_tokens: int) -> Algorithm[Ten
         ),
         advantages={"grpo": grpo, "dr_grpo": dr_grpo}[config.advantage],
     )
+
+
+def columns_of(config: AlgorithmConfig) -> tuple[str, ...]:
+    """The columns that a training batch must have."""
+    columns = (TOKEN_IDS, LOSS_MASK, LOGPROBS, VERSIONS, ADVANTAGE)
+    return (*columns, REF_LOGPROBS) if config.kl_coef > 0 else columns
 
 
 def make_warmup_loss() -> Loss[Tensor]:

@@ -33,5 +33,5 @@ def demonstration_columns(samples: Sequence[tuple[IntArray, IntArray]]) -> dict[
     masks = [np.arange(len(prompt) + len(completion)) >= len(prompt) for prompt, completion in samples]
     return {
         TOKEN_IDS: Ragged.stack([np.concatenate(sample).astype(np.int32) for sample in samples]),
-        LOSS_MASK: Ragged.stack(masks),
+        LOSS_MASK: Ragged.stack([*masks]),
     }

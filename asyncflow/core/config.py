@@ -109,6 +109,20 @@ class CheckpointConfig(Section):
     keep: int = Field(2, ge=1, description="checkpoints kept")
 
 
+class QueueConfig(Section):
+    """The transfer queue between rollout and training, and its log on the disk."""
+
+    log: Literal["sync", "group_commit", "off"] = Field(
+        "sync",
+        description="sync: acted upon once on disk; group_commit: on disk soon after; off: resume from checkpoints",
+    )
+    group_commit_ms: float = Field(10.0, gt=0, description="milliseconds of work that group_commit may lose")
+    keep: Literal["checkpoints", "all"] = Field(
+        "checkpoints", description="rows that the log keeps: those that a kept checkpoint may need, or all"
+    )
+    memory_mb: int = Field(1024, ge=1, description="rows in memory at most; taken as it is used")
+
+
 class RunConfig(Section):
     """A whole run."""
 
@@ -130,6 +144,7 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     warmup: WarmupConfig = WarmupConfig()
+    queue: QueueConfig = QueueConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 

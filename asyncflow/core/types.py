@@ -222,7 +222,7 @@ class Ragged:
     is_dense: bool = False
 
     @classmethod
-    def stack(cls, rows: list[NDArray[np.generic]]) -> Ragged:
+    def stack(cls, rows: Sequence[NDArray[np.generic]]) -> Ragged:
         """Join one array per row into a column.
 
         >>> Ragged.stack([np.array([1, 2]), np.array([3])]).values.tolist()

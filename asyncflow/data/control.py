@@ -124,6 +124,7 @@ class ControlPlane:
         self._reserves: deque[ParkedReserve] = deque()
         self._takes: dict[str, deque[ParkedTake]] = {name: deque() for name in ledger.tasks}
         self._sessions: set[Session] = set()
+        self._settlers: list[Callable[[], None]] = []
 
     # -- sessions ----------------------------------------------------------------------------
 
@@ -274,7 +275,7 @@ class ControlPlane:
         self.ledger.drop(tickets, reason)
         session.reserved.difference_update(tickets.tolist())
         self._append(records.Dropped(tickets=records.ticket_bytes(tickets), reason=reason))
-        self._free(self.directory.free(tickets))
+        self._free(self.directory.free(tickets, oldest=self.ledger.oldest))
         self.settle()
 
     def clear(self) -> None:
@@ -286,7 +287,7 @@ class ControlPlane:
         if len(tickets):
             self.ledger.drop(tickets, CLEARED, also_trained=True)
             self._append(records.Dropped(tickets=records.ticket_bytes(tickets), reason=CLEARED))
-            self._free(self.directory.free(tickets))
+            self._free(self.directory.free(tickets, oldest=self.ledger.oldest))
         self.settle()
 
     def dispatch(self, ticket: int, prompt: str, num_tokens: int) -> None:
@@ -387,7 +388,7 @@ class ControlPlane:
         else:
             self._append(records.Done(task=lease.task, tickets=named))
         self._end_lease(session, lease)
-        self._free(self.directory.free(free))
+        self._free(self.directory.free(free, oldest=self.ledger.oldest))
         self.log.when_safe(self._lsn, done)
         if self.ledger.gate is not None or self.is_finished:
             self.settle()
@@ -445,7 +446,7 @@ class ControlPlane:
     def issue_again(self, tickets: Tickets, reason: str) -> None:
         """Roll groups out again: what was put for them is void."""
         if len(tickets):
-            self._free(self.directory.free(tickets))
+            self._free(self.directory.free(tickets, oldest=self.ledger.oldest))
             self._return(tickets, reason)
 
     def read(self, rows: Rows, name: str) -> Ragged | None:
@@ -500,6 +501,15 @@ class ControlPlane:
         self._admit_parked()
         self._serve_all()
 
+    def when_settled(self, action: Callable[[], None]) -> None:
+        """Call `action` once no rollout is under way or may begin under the live weights."""
+        self._settlers.append(action)
+        self._tell_settled()
+
+    def _tell_settled(self) -> None:
+        while self._settlers and self.ledger.is_settled():
+            self._settlers.pop()()
+
     def _admit_parked(self) -> None:
         while self._reserves and self.ledger.may_admit():
             parked = self._reserves.popleft()
@@ -519,6 +529,7 @@ class ControlPlane:
                 if not self._serve(parked):
                     self._takes[name].appendleft(parked)
                     break
+        self._tell_settled()
 
     def _serve(self, parked: ParkedTake) -> bool:
         """Answer a take if it can be; whether it was."""

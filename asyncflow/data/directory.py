@@ -180,18 +180,19 @@ class Directory:
 
     # -- what goes ----------------------------------------------------------------------------
 
-    def free(self, tickets: NDArray[np.int64]) -> list[Extent]:
-        """These groups are not needed any more; the blocks in which nothing is needed now."""
+    def free(self, tickets: NDArray[np.int64], *, oldest: int = 0) -> list[Extent]:
+        """These groups are not needed any more, nor any before `oldest`; the blocks in which nothing is needed now."""
         held = tickets[(tickets >= self._tickets.base) & (tickets < self._tickets.end)]
         held = held[self._tickets["block"][held - self._tickets.base] != NOWHERE]
         if len(held) == 0:
+            self._forget(oldest)
             return []
         places = held - self._tickets.base
         freed = self._free_late(places) if self._late else []
         blocks = self._tickets["block"][places]
         self._tickets["block"][places] = NOWHERE
         freed += self._leave(blocks)
-        self._forget()
+        self._forget(oldest)
         return freed
 
     def _free_late(self, places: NDArray[np.int64]) -> list[Extent]:
@@ -224,17 +225,9 @@ class Directory:
                 del self._blocks[number]
         return freed
 
-    def _forget(self) -> None:
+    def _forget(self, oldest: int) -> None:
         """Move the windows past what is gone; the oldest block of a put is the first in the dictionary."""
-        tickets = self._tickets
-        blocks, start = tickets["block"], 0
-        size = tickets.end - tickets.base
-        step = 64
-        while start < size and (blocks[start : start + step] == NOWHERE)[: size - start].all():
-            start, step = min(start + step, size), 2 * step
-        # Tickets that are not put yet have no block either, so only whole stretches that once had one may go.
-        gone = tickets["row"][:start] != NOWHERE
-        tickets.forget(tickets.base + (start if gone.all() else int(np.argmin(gone))))
+        self._tickets.forget(min(oldest, self._tickets.end))
         if self._late:
             oldest = next((block.first_row for block in self._blocks.values() if block.first_row >= 0), self._num_rows)
             self._rows.forget(oldest)

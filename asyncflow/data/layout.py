@@ -161,7 +161,7 @@ def read(spec: ColumnSpec, block: NDArray[np.uint8]) -> Ragged:
     values = _values(spec, block)
     if spec.kind == Kind.DENSE:
         return Ragged(values=values, lengths=_ones(spec.num_rows), dtype=_special(spec.dtype), is_dense=True)
-    lengths: IntArray = _view(block, spec.lengths_at, 4 * spec.num_rows, np.dtype(np.int32))
+    lengths = _view(block, spec.lengths_at, 4 * spec.num_rows, np.dtype(np.int32)).view(np.int32)
     if int(np.maximum(lengths, 0).sum()) != spec.num_values:
         raise ColumnError(f"column {spec.name} is damaged: its lengths do not add up to {spec.num_values}")
     return Ragged(values=values, lengths=lengths, dtype=_special(spec.dtype))
@@ -262,8 +262,8 @@ def _parts(column: ColumnLike) -> tuple[str, IntArray | None, Sequence[Array]]:
         if array.ndim == 0:
             raise ValueError("a column is an array of rows, this is a single value")
         return dtype, None, [array]
-    if isinstance(column, str):
-        raise TypeError("a column is a sequence of rows, this is one string")
+    if isinstance(column, str) or not isinstance(column, Sequence):
+        raise TypeError(f"a column is a sequence of rows, this is a {type(column).__name__}")
     if _are_plain(column):
         return _NAMES[column[0].dtype], np.array(list(map(len, column)), np.int32), column
     if any(isinstance(row, str) for row in column):

@@ -231,6 +231,13 @@ class Ledger:
             if ticket not in self._returned:
                 insort(self._returned, ticket)
 
+    def is_settled(self) -> bool:
+        """Whether no rollout is under way or may begin under the live weights: every group's rows are whole."""
+        if self.live_step is None:
+            return True
+        training = next(name for name, task in self.tasks.items() if task.trains)
+        return not self.may_admit() and bool(np.all(self.offered(training, self.pending()) >= Offer.READY))
+
     def advance(self, live_step: int) -> None:
         """The rollout engines serve the weights of `live_step` from now on."""
         if self.live_step is not None and live_step < self.live_step:
@@ -336,6 +343,7 @@ class Ledger:
                 tickets = tickets[tickets >= window.base]
             is_ready = offers[tickets - window.base] == Offer.READY
             parts.append(tickets if is_ready.all() else tickets[is_ready])
+            offers[parts[-1] - window.base] = Offer.LEASED  # one issued again may stand in line twice
             wanted -= len(parts[-1])
         if len(parts) == 1:
             return parts[0]
@@ -379,7 +387,7 @@ class Ledger:
         `is_lost`: nobody knows what their taker did; columns that it wrote stay, and may be written again.
         """
         state, window = self._states[task], self._window
-        back = tickets[tickets >= window.base]
+        back: Tickets = tickets[tickets >= window.base]
         back = back[window[f"offer {task}"][back - window.base] == Offer.LEASED]
         window[f"offer {task}"][back - window.base] = Offer.READY
         window["again"][back - window.base] |= is_lost
@@ -393,15 +401,15 @@ class Ledger:
         Raises `LeaseLostError` unless all of the others are leased to the task.
         """
         state, window = self._states[task], self._window
-        known = tickets[tickets >= window.base]
+        known = tickets[tickets >= window.base]  # what is leased is forgotten only when it was dropped
         live = known[window["state"][known - window.base] != State.DROPPED]
         offers = window[f"offer {task}"]
-        if len(known) < len(tickets) or np.any(offers[live - window.base] != Offer.LEASED):
+        if np.any(offers[live - window.base] != Offer.LEASED):
             raise LeaseLostError(f"task {task} acknowledged tickets {_some(tickets)} that are not leased to it")
         places = live - window.base
         offers[places] = Offer.DONE
         window["undone"][places] -= 1
-        free = live[window["undone"][places] == 0]
+        free: Tickets = live[window["undone"][places] == 0]
         self._end(live if state.task.trains else free, state.task.trains)
         return free
 
@@ -470,6 +478,11 @@ class Ledger:
     def num_admitted(self) -> int:
         """Tickets ever issued; the next new one has this number."""
         return self._window.end
+
+    @property
+    def oldest(self) -> int:
+        """No ticket before this one is pending, or of use to any task."""
+        return self._oldest
 
     def mark_redelivered(self, tickets: Tickets) -> None:
         """Nobody knows what the takers of these did: columns that they wrote stay, and may be written again."""

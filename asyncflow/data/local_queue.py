@@ -28,6 +28,7 @@ from asyncflow.data.ledger import Ledger, LedgerCounts, LedgerSnapshot, QueueTas
 from asyncflow.data.log import Log, NoLog
 from asyncflow.data.packing import pack
 from asyncflow.data.plane import Writer, read_columns
+from asyncflow.data.records import Checkpointed
 
 AnswerT = TypeVar("AnswerT")
 
@@ -57,7 +58,8 @@ class LocalQueue:
         memory_bytes: int = MEMORY_BYTES,
         control: ControlPlane | None = None,
     ) -> None:
-        first = min(snapshot.pending, default=Ticket(snapshot.admitted)) if snapshot else 0
+        """Begins empty, where a checkpoint's `snapshot` left off, or as the `control` plane of a log stands."""
+        first = min(snapshot.pending, default=Ticket(snapshot.admitted)) if snapshot else Ticket(0)
         self.control = control or ControlPlane(Ledger(tasks, gate, snapshot), log or NoLog(), first_ticket=first)
         self._session = self.control.open_session("this process", self._free)
         arena = self.control.attach(self._session, lambda number: Arena.create(memory_bytes, number))
@@ -115,6 +117,16 @@ class LocalQueue:
     def advance(self, version: PolicyVersion) -> None:
         """The rollout engines serve this version now."""
         self.control.advance(version)
+
+    async def settled(self) -> None:
+        """Wait until no rollout is under way or may begin under the live weights, and every group's rows are whole."""
+        quiet: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.control.when_settled(lambda: _settle(quiet, None))
+        await quiet
+
+    def note_checkpoint(self, step: int, oldest_kept: int) -> None:
+        """Note in the log that the checkpoint after `step` steps is on the disk, and which is the oldest kept."""
+        self.control.note(Checkpointed(step=step, oldest_kept=oldest_kept))
 
     # -- consumers ---------------------------------------------------------------------------
 
@@ -232,6 +244,10 @@ class LocalQueue:
     def snapshot(self) -> LedgerSnapshot:
         """What a checkpoint keeps of the ledger."""
         return self.control.snapshot()
+
+    async def flush(self) -> None:
+        """Wait until all that has happened is on the disk."""
+        await self.control.log.flush()
 
     def close(self) -> None:
         """Give the memory back. May be called twice."""

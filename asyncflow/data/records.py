@@ -195,4 +195,5 @@ def encode(record: AnyRecord) -> bytes:
 
 def decode(meta: bytes | memoryview) -> AnyRecord:
     """What `encode` wrote. Raises `msgspec.MsgspecError` for anything else."""
-    return _decoder.decode(meta)
+    record: AnyRecord = _decoder.decode(meta)
+    return record

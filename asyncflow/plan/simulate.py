@@ -107,8 +107,9 @@ async def _run(config: RunConfig, script: Script, agent: Agent, snapshot: Ledger
     reference = ScriptedTrainer(world=world, script=script) if has_reference else None
     columns = (*COLUMNS, REF_LOGPROBS) if has_reference else COLUMNS
 
-    async def save(step: int, snapshot: LedgerSnapshot) -> None:
+    async def save(step: int, snapshot: LedgerSnapshot) -> int:
         saved.append(snapshot)
+        return 0
 
     setup = Setup(
         world=world,
@@ -123,7 +124,7 @@ async def _run(config: RunConfig, script: Script, agent: Agent, snapshot: Ledger
         meter=meter,
         save=save,
     )
-    queue = await reinforce(config, setup, snapshot)
+    counts = await reinforce(config, setup, snapshot)
     elapsed_s = max(1e-9, world.now_s())  # a run that was at its end already may take no time at all
     train, rollout = (join_spans(recorder.spans[role], 0.0, elapsed_s) for role in ("train", "rollout"))
     return Simulation(
@@ -133,7 +134,7 @@ async def _run(config: RunConfig, script: Script, agent: Agent, snapshot: Ledger
         rollout_busy=total_s(rollout) / elapsed_s,
         both_busy=total_s(common_spans(train, rollout)) / elapsed_s,
         staleness_max=max((int(record["staleness_max"]) for record in recorder.steps), default=0),
-        counts=queue.counts(),
+        counts=counts,
         trained_rows=tuple(trainer.trained_rows),
         snapshots=tuple(saved),
     )

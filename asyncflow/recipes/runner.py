@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -38,6 +39,7 @@ from asyncflow.recipes.checks import (
 )
 from asyncflow.recipes.inputs import prompts_fingerprint, with_absolute_paths
 from asyncflow.recipes.recipe import Recipe, Task, load_recipe
+from asyncflow.recipes.run_log import open_run_log
 from asyncflow.recipes.session import Session, open_session, reinforcement_phase
 from asyncflow.workflow.checkpoint import EMPTY_LEDGER, newest_checkpoint, read_ledger
 from asyncflow.workflow.checkpoint_folder import checkpoint_step, has_checkpoints, set_aside_newer
@@ -196,17 +198,20 @@ async def _train(session: Session, folder: Path, checkpoint: Path | None) -> Non
             await warm_up(config, trainer, make_warmup_loss(), samples, session.meter, session.world)
             await trainer.begin_phase(reinforcement_phase(config))
         await session.save(0, EMPTY_LEDGER)
-        ledger = None
+        ledger = EMPTY_LEDGER
     else:
         await trainer.load(checkpoint)
         await trainer.change_phase(reinforcement_phase(config))
         ledger = read_ledger(checkpoint, session.world)
-    reference = await _reference(session, folder) if config.algorithm.kl_coef > 0 else None
-    try:
-        await reinforce(config, session.setup(reference), ledger)
-    finally:
-        if reference is not None:
-            await reference.aclose()
+    async with AsyncExitStack() as open_things:
+        run_log = await open_things.enter_async_context(open_run_log(config, folder, ledger, trainer.version.step))
+        for message in run_log.warnings:
+            session.meter.record("health", {"message": message})
+        reference = None
+        if config.algorithm.kl_coef > 0:
+            reference = await _reference(session, folder)
+            open_things.push_async_callback(reference.aclose)
+        await reinforce(config, session.setup(reference, run_log), ledger)
 
 
 async def _reference(session: Session, folder: Path) -> TorchScorer:

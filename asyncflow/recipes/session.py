@@ -22,7 +22,9 @@ from asyncflow.engines.rollout.client import TorchRolloutEngine, start_rollout_e
 from asyncflow.engines.train.optimizer import Phase
 from asyncflow.engines.train.torch_engine import TorchTrainEngine
 from asyncflow.recipes.recipe import Task
+from asyncflow.recipes.run_log import RunLog, thin_out
 from asyncflow.workflow.checkpoint import save_checkpoint
+from asyncflow.workflow.checkpoint_folder import checkpoint_step, list_checkpoints
 from asyncflow.workflow.meter import Meter
 from asyncflow.workflow.reinforce import Setup
 
@@ -39,9 +41,9 @@ class Session:
     trainer: TorchTrainEngine
     rollout: TorchRolloutEngine
     renderer: TokenizerRenderer
-    checkpoints: Path
+    folder: Path
 
-    def setup(self, reference: Scorer | None) -> Setup[Tensor]:
+    def setup(self, reference: Scorer | None, run_log: RunLog) -> Setup[Tensor]:
         """The parts of reinforcement learning."""
         return Setup(
             world=self.world,
@@ -55,11 +57,18 @@ class Session:
             meter=self.meter,
             save=self.save,
             reference=reference,
+            log=run_log.log,
+            history=run_log.history,
         )
 
-    async def save(self, step: int, ledger: LedgerSnapshot) -> None:
-        """Publish a checkpoint."""
-        await save_checkpoint(self.checkpoints, self.trainer, step, ledger, self.config.checkpoint.keep, self.world)
+    async def save(self, step: int, ledger: LedgerSnapshot) -> int:
+        """Publish a checkpoint; the step of the oldest one that is kept. Rows that none of them needs leave the log."""
+        checkpoints = self.folder / "checkpoints"
+        await save_checkpoint(checkpoints, self.trainer, step, ledger, self.config.checkpoint.keep, self.world)
+        oldest_kept = checkpoint_step(list_checkpoints(checkpoints)[0]) or 0
+        if self.config.queue.keep == "checkpoints":
+            await thin_out(self.folder, oldest_kept, self.world)
+        return oldest_kept
 
 
 def first_phase(config: RunConfig) -> Phase:
@@ -120,7 +129,7 @@ async def open_session(
                 trainer=trainer,
                 rollout=rollout,
                 renderer=renderer,
-                checkpoints=folder / "checkpoints",
+                folder=folder,
             )
             watcher.cancel()
     finally:

@@ -7,7 +7,7 @@ but what is handed in here.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Generic
 
@@ -20,8 +20,11 @@ from asyncflow.core.ports import Renderer, RolloutEngine, Scorer, TensorT, Train
 from asyncflow.core.types import PolicyVersion, Prompt, Ragged, SamplingParams, StepReport, Ticket
 from asyncflow.core.world import World
 from asyncflow.data.gate import Gate
-from asyncflow.data.ledger import LedgerSnapshot, QueueTask
+from asyncflow.data.history import History
+from asyncflow.data.ledger import LedgerCounts, LedgerSnapshot, QueueTask
 from asyncflow.data.local_queue import LocalQueue
+from asyncflow.data.log import Log, NoLog
+from asyncflow.data.restore import restore
 from asyncflow.rollout.chat import Agent
 from asyncflow.rollout.groups import RolloutParts, prompt_order, roll_out_group
 from asyncflow.workflow.evaluation import Evaluation, evaluate
@@ -29,6 +32,7 @@ from asyncflow.workflow.failures import FailureBudget
 from asyncflow.workflow.health import Health
 from asyncflow.workflow.loop import TRAIN, LoopConfig, LoopParts, run
 from asyncflow.workflow.meter import Meter
+from asyncflow.workflow.replay import catch_up
 from asyncflow.workflow.stages import ADVANTAGES, REFERENCE, advantage_stage, reference_stage
 from asyncflow.workflow.totals import StepTotals
 
@@ -37,7 +41,9 @@ from asyncflow.workflow.totals import StepTotals
 class Setup(Generic[TensorT]):
     """What a run is made of. `reference` is needed where there is a KL penalty.
 
-    `save` keeps a checkpoint of the step just made, with the ledger as it stands.
+    `save` keeps a checkpoint of the step just made, with the ledger as it stands, and returns the
+    step of the oldest one that is kept. `log` and `history` are the run's durable log and what it held when
+    it was opened; without a history the queue begins where the snapshot of a checkpoint left off.
     """
 
     world: World
@@ -49,13 +55,23 @@ class Setup(Generic[TensorT]):
     prompts: Sequence[Prompt]
     held_out: Sequence[Prompt]
     meter: Meter
-    save: Callable[[int, LedgerSnapshot], Awaitable[None]]
+    save: Callable[[int, LedgerSnapshot], Awaitable[int]]
     reference: Scorer | None = None
+    log: Log = field(default_factory=NoLog)
+    history: History | None = None
 
 
-async def reinforce(config: RunConfig, setup: Setup[TensorT], snapshot: LedgerSnapshot | None = None) -> LocalQueue:
-    """Run the main loop to `config.steps`, from where `snapshot` left off. Returns its queue, for the accounts."""
+async def reinforce(config: RunConfig, setup: Setup[TensorT], snapshot: LedgerSnapshot | None = None) -> LedgerCounts:
+    """Run the main loop to `config.steps`, from where the log or `snapshot` left off. Returns the accounts."""
     queue = make_queue(config, setup, snapshot)
+    try:
+        await _reinforce(config, setup, queue)
+        return queue.counts()
+    finally:
+        queue.close()
+
+
+async def _reinforce(config: RunConfig, setup: Setup[TensorT], queue: LocalQueue) -> None:
     meter = setup.meter
     meter.begin(steps=config.steps, now_s=setup.world.now_s())
     health = Health(config.max_staleness)
@@ -64,12 +80,19 @@ async def reinforce(config: RunConfig, setup: Setup[TensorT], snapshot: LedgerSn
     prompt_of = prompt_order(setup.prompts, setup.world)
 
     async def roll_out(ticket: Ticket) -> Mapping[str, Ragged]:
-        group = await roll_out_group(ticket, prompt_of(ticket), config.group_size, parts)
+        prompt = prompt_of(ticket)
+        queue.dispatch(ticket, prompt.id, len(setup.renderer.prompt_ids(prompt.text)))
+        group = await roll_out_group(ticket, prompt, config.group_size, parts)
         meter.group(group)
         return to_columns(group)
 
-    async def publish() -> PolicyVersion:
+    async def load_weights() -> PolicyVersion:
         return await setup.rollout.load_weights(await setup.trainer.export_weights())
+
+    async def publish() -> PolicyVersion:
+        if config.deterministic:  # so that every token of a group has one version, whatever the timing
+            await queue.settled()
+        return await load_weights()
 
     async def after_publish(version: PolicyVersion) -> None:
         if is_evaluated(config, version.step):
@@ -83,13 +106,14 @@ async def reinforce(config: RunConfig, setup: Setup[TensorT], snapshot: LedgerSn
         for message in health.check(record):
             tell_health(meter, message, step=report.version.step)
         if is_saved(config, report.version.step):
-            await setup.save(report.version.step, queue.snapshot())
+            await save(setup, queue)
 
     loop = LoopConfig(
         steps=config.steps,
         groups_per_step=config.groups_per_step,
         concurrent_groups=min(1 + config.max_staleness, max(1, config.steps)) * config.groups_per_step,
         micro_batch_tokens=config.train.micro_batch_tokens,
+        deterministic=config.deterministic,
     )
     loop_parts = LoopParts(
         queue=queue,
@@ -102,12 +126,46 @@ async def reinforce(config: RunConfig, setup: Setup[TensorT], snapshot: LedgerSn
         failures=failures,
         stages=make_stages(config, setup, queue),
     )
+    if setup.history is not None:
+        await _catch_up(setup, setup.history, queue, load_weights)
     try:
         await run(loop, loop_parts)
     except NoSignalError:  # perhaps the task is learnt: keep what was learnt
         await save_last(config, setup, queue)
         raise
-    return queue
+
+
+async def _catch_up(
+    setup: Setup[TensorT],
+    history: History,
+    queue: LocalQueue,
+    load_weights: Callable[[], Awaitable[PolicyVersion]],
+) -> None:
+    """Take the steps again that the log holds after the checkpoint, and see whether they made the same weights."""
+
+    async def publish() -> None:
+        version = await load_weights()
+        check_lineage(setup.meter, history, version)
+        queue.advance(version)
+
+    def after_step(report: StepReport) -> None:
+        setup.meter.record("replayed", {"step": report.version.step, "loss": report.loss})
+
+    await catch_up(
+        setup.trainer, setup.algorithm.loss, history, (*setup.algorithm.columns, REWARD), publish, after_step
+    )
+
+
+def check_lineage(meter: Meter, history: History, version: PolicyVersion) -> None:
+    """Tell when weights are not, bit for bit, those that had this version before the run was resumed."""
+    before = history.live.get(version.step)
+    if before is not None and before.fingerprint and version.fingerprint not in ("", before.fingerprint):
+        tell_health(
+            meter,
+            f"the weights of step {version.step}, taken again from the log, differ in bits from those before the run "
+            f"ended ({version.fingerprint[:8]} and {before.fingerprint[:8]}): a new lineage, {version.lineage}. "
+            "With deterministic=true they would be equal",
+        )
 
 
 async def save_last(config: RunConfig, setup: Setup[TensorT], queue: LocalQueue) -> None:
@@ -115,18 +173,41 @@ async def save_last(config: RunConfig, setup: Setup[TensorT], queue: LocalQueue)
     step = setup.trainer.version.step
     is_whole = queue.counts().trained == step * config.groups_per_step
     if step > 0 and is_whole and not is_saved(config, step):
-        await setup.save(step, queue.snapshot())
+        await save(setup, queue)
+
+
+async def save(setup: Setup[TensorT], queue: LocalQueue) -> None:
+    """Keep a checkpoint of the step just made. What the log says of it is on the disk before it is."""
+    await queue.flush()
+    step = setup.trainer.version.step
+    oldest_kept = await setup.save(step, queue.snapshot())
+    queue.note_checkpoint(step, oldest_kept)
 
 
 def make_queue(config: RunConfig, setup: Setup[TensorT], snapshot: LedgerSnapshot | None) -> LocalQueue:
-    """The transfer queue with the tasks that this configuration needs."""
+    """The transfer queue with the tasks that this configuration needs, as its log or a checkpoint left it."""
+    memory_bytes = config.queue.memory_mb << 20
+    tasks, gate = make_tasks(config, setup.algorithm.columns), make_gate(config)
+    if setup.history is None:
+        return LocalQueue(tasks, gate, log=setup.log, snapshot=snapshot, memory_bytes=memory_bytes)
+    control = restore(
+        setup.history,
+        setup.log,
+        restored_step=setup.trainer.version.step,
+        wall_clock=setup.world.wall_clock().isoformat(timespec="seconds"),
+    )
+    return LocalQueue(tasks, gate, memory_bytes=memory_bytes, control=control)
+
+
+def make_tasks(config: RunConfig, columns: Sequence[str]) -> list[QueueTask]:
+    """The consumers of the queue, and the columns that each needs."""
     tasks = [
-        QueueTask(name=TRAIN, needs=(*setup.algorithm.columns, REWARD), trains=True),
+        QueueTask(name=TRAIN, needs=(*columns, REWARD), trains=True),
         QueueTask(name=ADVANTAGES, needs=(REWARD,)),
     ]
-    if setup.reference is not None:
+    if config.algorithm.kl_coef > 0:
         tasks.append(QueueTask(name=REFERENCE, needs=(TOKEN_IDS,)))
-    return LocalQueue(tasks, make_gate(config), snapshot=snapshot)
+    return tasks
 
 
 def make_gate(config: RunConfig) -> Gate:

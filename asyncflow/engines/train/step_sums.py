@@ -20,6 +20,7 @@ class StepSums:
         self.num_samples = 0
         self._sums: dict[str, Tensor] = {}
         self._loss = 0.0
+        self._num_threads: list[int] = []
 
     def add(self, batch: MicroBatch, output: LossOutput[Tensor]) -> None:
         """Count a micro-batch. Raises `NonFiniteError`, with nothing counted, when its loss is not a number."""
@@ -31,6 +32,7 @@ class StepSums:
                 "no gradient was added for them"
             )
         self._loss += loss
+        self._num_threads.append(torch.get_num_threads())
         self.num_tokens += int(batch[LOSS_MASK].sum())
         self.num_samples += len(batch.lengths)
         for name, value in output.sums.items():
@@ -46,4 +48,5 @@ class StepSums:
             num_tokens=self.num_tokens,
             num_samples=self.num_samples,
             metrics={name: value.item() / max(1, self.num_tokens) for name, value in self._sums.items()},
+            num_threads=(*self._num_threads, torch.get_num_threads()),
         )
