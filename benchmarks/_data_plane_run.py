@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -94,7 +95,7 @@ def consume(arm: str, address: object, jobs: list[Job], pipe: Connection) -> Non
 
 def produce_stream(producer: Producer, batches: list[Rows], job: Job, pipe: Connection) -> None:
     """M, T and S."""
-    for batch in batches[: job.warm_rows // job.put_rows]:
+    for batch in itertools.islice(itertools.cycle(batches), job.warm_rows // job.put_rows):
         producer.put(batch)
     producer.flush()
     meet(pipe)
@@ -164,7 +165,7 @@ def produce_parked(producer: Producer, batches: list[Rows], job: Job, pipe: Conn
     for _ in range(job.passes):
         for batch in batches:
             wait_s = meet(pipe)
-            time.sleep(wait_s * chance.uniform(1, 2))
+            time.sleep(wait_s * chance.uniform(1, 3))  # over all of the second after which a loader asks again
             before_ns = time.monotonic_ns()
             producer.put(batch)
             producer.flush()

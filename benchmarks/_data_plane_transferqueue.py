@@ -1,9 +1,10 @@
 """The arm of TransferQueue 0.1.11: its client, and for W its streaming loader.
 
 As it is fastest here; each of these settings can be changed by an option of the same name. `units` storage
-units; the controller answers a get that it can't serve at once (`polling_mode`), as it otherwise sleeps for 5 s,
-producers included, and the consumer asks again after `poll_ms`; `window` puts under way at once;
-a new partition for each `partition_rows` rows, as its cost grows with the partition.
+units, of which more only help D; the controller answers a get that it can't serve at once (`polling_mode`), as it
+otherwise sleeps for 5 s, producers included, and the consumer asks again after `poll_ms`; `window` puts under
+way at once, each from a thread; a new partition for each `partition_rows` rows, as its cost grows with the
+partition; what was consumed stays, as clearing it only takes time.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ from _data_plane_ray import cluster, connected
 from _data_plane_run import Options
 from _data_plane_work import MIXED_RAGGED, Batch, Job, Rows
 
-DEFAULTS = {"units": "2", "poll_ms": "1", "window": "1", "partition_rows": "1000000", "threads": "8"}
+DEFAULTS = {"units": "1", "poll_ms": "2", "window": "8", "partition_rows": "1024", "threads": "8"}
 TASK = "train"
 
 
@@ -47,8 +49,9 @@ def serve(options: Options) -> Iterator[object]:
 class Partitions:
     """Which partition the next rows belong to; the same on both sides."""
 
-    def __init__(self, job: Job, rows: int) -> None:
-        self._name, self._rows, self._done = f"{job.workload}-{job.seed}-{job.put_rows}", rows, 0
+    def __init__(self, job: Job, options: Options) -> None:
+        self._name, self._done = job.label, 0
+        self._rows = sys.maxsize if job.in_one_partition else int(options["partition_rows"])
 
     def next(self, num_rows: int) -> str:
         """For so many rows."""
@@ -64,7 +67,7 @@ class Producer:
         self._client = client
         self._torch = importlib.import_module("torch")
         self._dict = importlib.import_module("tensordict").TensorDict
-        self._partitions = Partitions(job, int(options["partition_rows"]))
+        self._partitions = Partitions(job, options)
         self._window = int(options["window"])
         self._threads = ThreadPoolExecutor(self._window)
         self._sent: deque[Future[object]] = deque()
@@ -99,7 +102,7 @@ class Consumer:
 
     def __init__(self, client: Any, job: Job, options: Options) -> None:  # noqa: ANN401
         self._client, self._columns = client, list(job.columns)
-        self._partitions = Partitions(job, int(options["partition_rows"]))
+        self._partitions = Partitions(job, options)
         self._poll_s = float(options["poll_ms"]) / 1e3
 
     def get(self, num_rows: int) -> Batch:
@@ -165,7 +168,7 @@ class Loader:
             batch_size=job.get_rows,
             micro_batch_size=job.get_rows,
             data_fields=self._columns,
-            partition_id=Partitions(job, 1_000_000).next(0),
+            partition_id=Partitions(job, DEFAULTS).next(0),
             task_name=TASK,
             dp_rank=0,
         )

@@ -44,6 +44,13 @@ class Job:
     get_rows: int = 32
     warm_rows: int = 320
     seed: int = 0
+    in_one_partition: bool = False
+    """For TransferQueue, whose cost grows with the partition."""
+
+    @property
+    def label(self) -> str:
+        """What tells its results from others."""
+        return f"{self.workload} in one partition" if self.in_one_partition else self.workload
 
     @property
     def columns(self) -> tuple[str, ...]:

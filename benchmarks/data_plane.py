@@ -15,6 +15,7 @@ Workloads, one producer and one consumer at once unless said otherwise:
   response, one reward; put 32, get 32.
 - **T**: 50,000 rows of 16 ids, put 32, get 32.
 - **S**: as M, but put one row at a time, as rollouts finish; get 32.
+  *In one partition* is for TransferQueue, which is at its best with a partition for each 1,024 rows.
 - **D**: TransferQueue's own throughput benchmark at its setting `Small`, one dense batch of 0.28 GiB put, and
   then got: twice its size over the time of both. The rows are checked after the clock, as
   they aren't there at all; with that reading inside of the clock is another row.
@@ -28,7 +29,7 @@ Then, for asyncflow alone: what a put and a get cost by how many rows wait in th
 log synced before an answer, against M without in the same round and against the disk, which is written in the
 same folder with the same number of bytes, the better of buffered and direct writes.
 
-`--quick` does less of each.
+`--quick` does less of each, all workloads of a peer on one server, with one storage unit for D as well.
 """
 
 from __future__ import annotations
@@ -68,8 +69,9 @@ STREAM_UNITS = {
     "get_p50_ms": "get p50, ms",
     "get_p99_ms": "get p99, ms",
 }
+ONE_PARTITION = Job(workload="T", rows=50_000, in_one_partition=True)
 UNITS: Mapping[str, Mapping[str, str]] = {
-    **dict.fromkeys(("M", "T", "S"), STREAM_UNITS),
+    **dict.fromkeys(("M", "T", ONE_PARTITION.label, "S"), STREAM_UNITS),
     "D": {
         "gb_per_s": "GiB/s",
         "gb_per_s_read": "GiB/s, with reading",
@@ -118,7 +120,10 @@ FULL = Scale(
             mixed=job("M", 4096, 15), tiny=job("T", 50_000, 5), single=job("S", 4096, 4), dense_rounds=4, waits=300
         ),
         make_jobs(mixed=job("M", 4096), tiny=job("T", 50_000), single=job("S", 2048), dense_rounds=4, waits=300),
-        make_jobs(mixed=job("M", 4096), tiny=job("T", 50_000), single=job("S", 2048), dense_rounds=4, waits=12),
+        (
+            *make_jobs(mixed=job("M", 4096), tiny=job("T", 50_000), single=job("S", 2048), dense_rounds=4, waits=12),
+            ONE_PARTITION,
+        ),
     ),
     flat_blocks=40,
     log_rounds=2,
@@ -130,7 +135,10 @@ QUICK = Scale(
     jobs=(
         make_jobs(mixed=job("M", 4096, 3), tiny=job("T", 50_000), single=job("S", 4096), dense_rounds=2, waits=200),
         make_jobs(mixed=job("M", 1024), tiny=job("T", 3200), single=job("S", 320), dense_rounds=2, waits=50),
-        make_jobs(mixed=job("M", 1024), tiny=job("T", 1600), single=job("S", 96), dense_rounds=2, waits=3),
+        (
+            *make_jobs(mixed=job("M", 1024), tiny=job("T", 1600), single=job("S", 96), dense_rounds=2, waits=3),
+            replace(ONE_PARTITION, rows=1600),
+        ),
     ),
     flat_blocks=8,
     log_rounds=1,
@@ -167,8 +175,9 @@ class Bench:
 
 
 def options_of(arm: str, job: Job) -> dict[str, str]:
-    """A loader that polls is woken at any point of its second."""
-    return {"workload": job.workload, "wait_s": "0.5" if arm == PEER else "0.002"}
+    """What the arm's server should know. A loader that polls is woken at any point of its second."""
+    options = {"workload": job.workload, "wait_s": "0.5" if arm == PEER else "0.002"}
+    return options | ({"units": "4"} if arm == PEER and job.workload == "D" else {})
 
 
 def find_pythons(peers: str | None, wanted: Iterable[str]) -> dict[str, str]:
@@ -202,10 +211,15 @@ def measure(bench: Bench, scale: Scale) -> Found:
         if scale.rounds == 1:
             turns = [(arm, scale.jobs_of(arm)) for arm in order]
         else:  # workload by workload, so that those compared lie close together
-            turns = [(arm, (scale.jobs_of(arm)[i],)) for i in range(len(UNITS)) for arm in order]
+            turns = [
+                (arm, (scale.jobs_of(arm)[i],))
+                for i in range(len(UNITS))
+                for arm in order
+                if i < len(scale.jobs_of(arm))
+            ]
         for arm, jobs in turns:
             for job, result in zip(jobs, bench.run_jobs(arm, jobs, at_once=scale.rounds == 1), strict=True):
-                found[arm, job.workload].append(result)
+                found[arm, job.label].append(result)
     return found
 
 
@@ -216,11 +230,13 @@ def arm_rows(found: Found, names: Mapping[str, str]) -> Iterator[Row]:
     """Every figure of every arm."""
     for workload, units in UNITS.items():
         for arm, (name, _) in ARMS.items():
-            results = found.get((arm, workload))
-            if results is None:
+            results = found.get((arm, workload), [])
+            if workload == ONE_PARTITION.label and arm != PEER:
+                continue
+            if arm not in names:
                 yield Row(name=f"{workload}, {name}", value=math.nan, unit="", spread="not installed")
                 continue
-            for key, unit in units.items():
+            for key, unit in units.items() if results else ():
                 goal = GOALS.get((arm, workload, key))
                 yield row(f"{workload}, {names[arm]}", [result[key] for result in results], unit, goal)
 

@@ -1,0 +1,85 @@
+"""The arm of asyncflow's own transfer queue."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from _data_plane_run import Options
+from _data_plane_work import COLUMNS, Batch, Job, Rows
+
+from asyncflow.data import Batch as TaskBatch
+from asyncflow.data import TransferQueue
+from asyncflow.data.log import LogMode
+
+ARENA_BYTES = 1 << 30
+TASK = "train"
+
+
+@contextlib.contextmanager
+def serve(options: Options) -> Iterator[object]:
+    """Its server for the columns of a workload; with a log in the folder that the option `log` names."""
+    tasks = {TASK: COLUMNS[options["workload"]]}
+    log = Path(options["log"]) if "log" in options else None
+    with TransferQueue.start(tasks=tasks, arena_bytes=ARENA_BYTES, log=log, log_mode=LogMode.SYNC) as queue:
+        yield queue.address
+
+
+class Producer:
+    """Puts, with a window of puts under way."""
+
+    def __init__(self, queue: TransferQueue) -> None:
+        self._queue = queue
+
+    def put(self, rows: Rows) -> None:
+        """One put, whatever its size."""
+        self._queue.put(rows, wait=False)
+
+    def flush(self) -> None:
+        """Wait for those under way."""
+        self._queue.flush()
+
+
+class Consumer:
+    """Acknowledges a batch before it asks for the next."""
+
+    def __init__(self, queue: TransferQueue, job: Job) -> None:
+        self._queue, self._columns = queue, job.columns
+        self._batch: TaskBatch | None = None
+
+    def get(self, num_rows: int) -> Batch:
+        """Views of shared memory."""
+        self.clear()
+        batch = self._queue.get(TASK, max_rows=num_rows, at_least=num_rows)
+        assert batch is not None
+        self._batch = batch
+        found: Batch = {}
+        for name in self._columns:
+            column = batch[name]
+            lengths = None if column.is_dense else column.lengths.astype(np.int64)
+            found[name] = (column.values, lengths)
+        return found
+
+    def clear(self) -> None:
+        """Acknowledge the last batch."""
+        if self._batch is not None:
+            self._queue.acknowledge(self._batch)
+            self._batch = None
+
+
+@contextlib.contextmanager
+def open_producer(address: object, job: Job) -> Iterator[Producer]:
+    """Connect."""
+    with TransferQueue.connect(str(address)) as queue:
+        yield Producer(queue)
+
+
+@contextlib.contextmanager
+def open_consumer(address: object, job: Job) -> Iterator[Consumer]:
+    """Connect."""
+    with TransferQueue.connect(str(address)) as queue:
+        consumer = Consumer(queue, job)
+        yield consumer
+        consumer.clear()
