@@ -14,7 +14,9 @@ from asyncflow.data import Batch as TaskBatch
 from asyncflow.data import TransferQueue
 from asyncflow.data.log import LogMode
 
-ARENA_BYTES = 1 << 30
+ARENA_BYTES = 1 << 28
+DENSE_ARENA_BYTES = 1 << 30
+"""A batch of D is larger than what a connection has by default."""
 TASK = "train"
 
 
@@ -72,7 +74,9 @@ class Consumer:
 @contextlib.contextmanager
 def open_producer(address: object, job: Job) -> Iterator[Producer]:
     """Connect."""
-    with TransferQueue.connect(str(address)) as queue:
+    with TransferQueue.connect(
+        str(address), arena_bytes=DENSE_ARENA_BYTES if job.workload == "D" else ARENA_BYTES
+    ) as queue:
         yield Producer(queue)
 
 
