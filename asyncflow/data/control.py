@@ -588,7 +588,9 @@ class ControlPlane:
 
     def _give_back_space(self, extents: Sequence[Extent]) -> None:
         for extent in extents:
-            session = self._arenas[extent.arena]
+            session = self._arenas.get(extent.arena)
+            if session is None:  # its user is gone, and the arena went with the block before this one
+                continue
             if session.is_open:
                 self.log.when_written(self._lsn, partial(session.free, extent))
             else:

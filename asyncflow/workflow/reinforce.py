@@ -106,6 +106,8 @@ async def _reinforce(config: RunConfig, setup: Setup[TensorT], queue: LocalQueue
         for message in health.check(record):
             tell_health(meter, message, step=report.version.step)
         if is_saved(config, report.version.step):
+            if config.deterministic:  # a group begun under the last weights would be rolled out again under these
+                await queue.settled()
             await save(setup, queue)
 
     loop = LoopConfig(
