@@ -15,13 +15,14 @@ import typer
 from rich.console import Console
 
 import asyncflow
-from asyncflow.cli import output
+from asyncflow.cli import output, proof
 from asyncflow.core.config import RunConfig
 from asyncflow.core.errors import ConfigError, RunFolderError
 from asyncflow.core.setting_list import list_settings
 from asyncflow.core.world import World
 from asyncflow.observe.plain_text import harmless
 from asyncflow.observe.progress import Progress, progress_on
+from asyncflow.observe.run_audit import audit_run, log_bytes
 from asyncflow.observe.run_folder import check_free, find_run, read_config
 from asyncflow.plan.compare import Times, compare
 from asyncflow.recipes.recipe import Recipe, list_recipes, load_recipe
@@ -41,6 +42,7 @@ A RUN is a run folder, or a part of its name that no other run has.
 asyncflow run quickstart steps=20 train.learning_rate=3e-4
 asyncflow resume blue-fox steps=200
 asyncflow eval blue-fox --pass-at 4
+asyncflow audit blue-fox
 """
 
 app = typer.Typer(
@@ -50,6 +52,9 @@ app = typer.Typer(
     help=HELP,
     epilog="Begin with: asyncflow run quickstart",
 )
+
+VIOLATION = 3
+"""The exit code where a run broke a promise."""
 
 # Options that we do not know come to the settings, whose errors teach how to write them.
 SETTINGS_FOLLOW = {"ignore_unknown_options": True}
@@ -175,6 +180,37 @@ def export(
 
     runner.export(source, folder)
     print(harmless(f"{folder} holds the model of {source.name}"))
+
+
+@app.command(epilog="Example: asyncflow audit blue-fox --json")
+def audit(run: Run, as_json: AsJson = False, root: Root = output.DEFAULT_ROOT) -> None:
+    """Prove from a run's log that every prompt was trained once or dropped for a reason; exit code 3 if not."""
+    folder = find_run(run, root)
+    with proof.log_progress(log_bytes(folder), "reading the log") as tell:
+        found = audit_run(folder, tell)
+    proof.show_audit(found, as_json=as_json)
+    if not found.is_ok:
+        raise typer.Exit(VIOLATION)
+
+
+@app.command(epilog="Example: asyncflow replay blue-fox --step 12 --show 3")
+def replay(
+    run: Run,
+    step: Annotated[int, typer.Option(min=1, help="the step to take again")],
+    show: Annotated[int, typer.Option(min=0, help="print so many of its samples as text")] = 0,
+    as_json: AsJson = False,
+    root: Root = output.DEFAULT_ROOT,
+) -> None:
+    """Rebuild a step's batch from the log, take the step again, and compare loss and weights with the run's."""
+    folder = find_run(run, root)
+    with torch_needed():
+        from asyncflow.recipes import replay as replaying
+
+    with proof.status() as tell:
+        result = replaying.replay(folder, step, num_shown=show, tell=tell)
+    proof.show_replay(result, as_json=as_json)
+    if result.breaks_a_promise:
+        raise typer.Exit(VIOLATION)
 
 
 @app.command(epilog="Example: asyncflow recipes --json")

@@ -1,6 +1,7 @@
 """The entry point: errors become messages and exit codes.
 
-Exit codes: 0 done, 1 failed, 2 the command or the configuration is wrong, 130 interrupted, by Ctrl-C or SIGTERM.
+Exit codes: 0 done, 1 failed, 2 the command or the configuration is wrong, 3 a run broke a
+promise (`audit`, `replay`), 130 interrupted, by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations

@@ -9,18 +9,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from asyncflow.core.errors import InvariantError, LogDamagedError, QueueError
-from asyncflow.core.types import MicroBatch, Ragged, Rows
+from asyncflow.core.types import MicroBatch, Ragged, Rows, Ticket
 from asyncflow.data import records
 from asyncflow.data.gate import Gate
 from asyncflow.data.layout import ColumnSpec, join, read, select
-from asyncflow.data.ledger import Ledger, QueueTask, State, Tickets
+from asyncflow.data.ledger import Ledger, LedgerSnapshot, QueueTask, State, Tickets
 from asyncflow.data.log import Place, read_log, read_payload
 from asyncflow.data.records import AnyRecord, read_rows, read_tickets
+
+Places: TypeAlias = NDArray[np.intp]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -46,7 +50,11 @@ class StoredWrite:
 
 @dataclass(slots=True, kw_only=True)
 class History:
-    """What a log says. `blocks` and `writes` are by ticket; `steps` by the version that a step made."""
+    """What a log says. `blocks` and `writes` are by ticket; `steps` by the version that a step made.
+
+    `served` are all fingerprints under which a version was live, the last one last; `epochs` says in
+    which epoch a step was taken.
+    """
 
     ledger: Ledger
     blocks: dict[int, StoredBlock] = field(default_factory=dict)
@@ -55,6 +63,8 @@ class History:
     opened: list[records.Opened] = field(default_factory=list)
     prompts: dict[int, records.Dispatched] = field(default_factory=dict)
     live: dict[int, records.Live] = field(default_factory=dict)
+    served: dict[int, list[str]] = field(default_factory=dict)
+    epochs: dict[int, int] = field(default_factory=dict)
     admitted_live: dict[int, int] = field(default_factory=dict)
     dropped: dict[int, str] = field(default_factory=dict)
     reissued: dict[int, list[str]] = field(default_factory=dict)
@@ -62,54 +72,104 @@ class History:
 
     @property
     def last_step(self) -> int:
-        """The version that the last logged step made; 0 where there is none."""
-        return max(self.steps, default=0)
+        """The version that the last logged step made, or that the log begins with."""
+        return max(self.steps, default=self.opened[0].restored_step if self.opened else 0)
 
     def micro_batches(self, step: int, columns: Sequence[str]) -> Iterator[MicroBatch]:
         """The micro-batches of the step that made this version, as they were trained on.
 
-        Raises `LogDamagedError` when the log does not hold their rows any more.
+        Raises `RunFolderError` when the log does not hold their rows any more.
         """
+        payloads = Payloads()
         for batch in self.steps[step].batches:
             rows = read_rows(batch)
-            yield MicroBatch(rows=rows, columns={name: self.column(rows, name) for name in columns})
+            yield MicroBatch(rows=rows, columns={name: self.column(rows, name, payloads) for name in columns})
 
-    def column(self, rows: Rows, name: str) -> Ragged:
-        """A column of rows, read from the disk, in their order."""
-        parts: list[Ragged] = []
-        start = 0
-        changes = np.flatnonzero(rows.tickets[1:] != rows.tickets[:-1]) + 1
-        for stop in [*changes.tolist(), len(rows)]:
-            parts.append(self._column_of(int(rows.tickets[start]), rows.indices[start:stop], name))
-            start = stop
-        return join(parts)
+    def column(self, rows: Rows, name: str, payloads: Payloads | None = None) -> Ragged:
+        """A column of rows, read from the disk, in their order; `payloads` keeps what is read for the next call."""
+        payloads = payloads or Payloads()
+        found: list[tuple[Ragged, Places]] = []
+        late: dict[int, Places] = {}
+        for block, at in self._blocks_of(rows).items():
+            spec = next((spec for spec in block.columns if spec.name == name), None)
+            if spec is None:
+                late.update(_by_ticket(rows, at))
+                continue
+            places = (rows.tickets[at] - block.first) * block.group_size + rows.indices[at]
+            column = read(spec, payloads[block.place])
+            found.append((select(column, places // block.group_size if spec.is_shared else places), at))
+        found += self._late(rows, late, name, payloads)
+        order = np.concatenate([at for _, at in found])
+        missing = np.setdiff1d(np.arange(len(rows)), order)
+        if len(missing):
+            odd = rows[missing[:1]]
+            raise LogDamagedError(f"row {odd.indices[0]} of ticket {odd.tickets[0]} has no column {name} in the log")
+        return select(join([part for part, _ in found]), np.argsort(order, kind="stable"))
 
     def column_names(self, ticket: int) -> tuple[str, ...]:
         """The columns that the log holds for the rows of a ticket."""
         stored = [*self.blocks[ticket].columns] if ticket in self.blocks else []
-        return tuple(spec.name for spec in (*stored, *(c for w in self.writes.get(ticket, []) for c in w.columns)))
+        late = (column for write in self.writes.get(ticket, []) for column in write.columns)
+        return tuple(dict.fromkeys(spec.name for spec in (*stored, *late)))
 
-    def _column_of(self, ticket: int, indices: np.ndarray[tuple[int], np.dtype[np.int32]], name: str) -> Ragged:
-        block = self.blocks.get(ticket)
-        if block is None:
-            raise LogDamagedError(f"ticket {ticket} has no rows in the log")
-        spec = next((spec for spec in block.columns if spec.name == name), None)
-        if spec is not None:
-            places = (ticket - block.first) * block.group_size + indices
-            column = read(spec, read_payload(block.place))
-            return select(column, places // block.group_size if spec.is_shared else places)
-        found: dict[int, Ragged] = {}
-        for write in self.writes.get(ticket, []):
-            spec = next((spec for spec in write.columns if spec.name == name), None)
-            if spec is None:
-                continue
-            column = read(spec, read_payload(write.place))
-            for place in np.flatnonzero(write.rows.tickets == ticket):
-                found[int(write.rows.indices[place])] = select(column, write.order[place : place + 1])
-        try:
-            return join([found[int(index)] for index in indices])
-        except KeyError as error:
-            raise LogDamagedError(f"row {error} of ticket {ticket} has no column {name} in the log") from error
+    def _blocks_of(self, rows: Rows) -> dict[StoredBlock, Places]:
+        """The blocks in which rows were put, each with the places of these rows."""
+        parts: dict[StoredBlock, list[Places]] = {}
+        for ticket, at in _by_ticket(rows, np.arange(len(rows))).items():
+            block = self.blocks.get(ticket)
+            if block is None:
+                raise LogDamagedError(f"ticket {ticket} has no rows in the log")
+            parts.setdefault(block, []).append(at)
+        return {block: np.concatenate(places) for block, places in parts.items()}
+
+    def _late(
+        self, rows: Rows, late: Mapping[int, Places], name: str, payloads: Payloads
+    ) -> Iterator[tuple[Ragged, Places]]:
+        """Rows whose column was written after they were put, by write: the values, and which rows they are of."""
+        parts: dict[StoredWrite, list[Places]] = {}
+        for ticket, at in late.items():
+            for write in self.writes.get(ticket, []):
+                if any(spec.name == name for spec in write.columns):
+                    parts.setdefault(write, []).append(at)
+        for write, several in parts.items():
+            at = np.concatenate(several)
+            wanted, written = _keys(rows[at]), _keys(write.rows)
+            order = np.argsort(written, kind="stable")
+            nearest = order[np.minimum(np.searchsorted(written, wanted, sorter=order), len(order) - 1)]
+            is_here = written[nearest] == wanted
+            spec = next(spec for spec in write.columns if spec.name == name)
+            yield select(read(spec, payloads[write.place]), write.order[nearest[is_here]]), at[is_here]
+
+
+class Payloads:
+    """Payloads read from the log; those used last stay in memory, `max_bytes` of them at most."""
+
+    def __init__(self, max_bytes: int = 256 << 20) -> None:
+        self._max_bytes = max_bytes
+        self._held: dict[Place, NDArray[np.uint8]] = {}
+
+    def __getitem__(self, place: Place) -> NDArray[np.uint8]:
+        """The payload that lies there. Raises `RunFolderError` when it was compacted away."""
+        payload = self._held.pop(place, None)
+        if payload is None:
+            payload = read_payload(place)
+        self._held[place] = payload
+        while len(self._held) > 1 and sum(map(len, self._held.values())) > self._max_bytes:
+            self._held.pop(next(iter(self._held)))
+        return payload
+
+
+def _by_ticket(rows: Rows, at: Places) -> dict[int, Places]:
+    """The places of some rows, by ticket; of each ticket in their order."""
+    order = at[np.argsort(rows.tickets[at], kind="stable")]
+    tickets, starts = np.unique(rows.tickets[order], return_index=True)
+    return dict(zip(tickets.tolist(), np.split(order, starts[1:]), strict=True))
+
+
+def _keys(rows: Rows) -> NDArray[np.int64]:
+    """One number for each row."""
+    keys: NDArray[np.int64] = (rows.tickets << 24) + rows.indices
+    return keys
 
 
 def read_history(folder: Path, tasks: Sequence[QueueTask], gate: Gate | None) -> History:
@@ -128,16 +188,11 @@ def read_history(folder: Path, tasks: Sequence[QueueTask], gate: Gate | None) ->
 def _apply(history: History, record: AnyRecord, place: Place) -> None:
     ledger = history.ledger
     match record:
-        case records.Opened():
-            history.opened.append(record)
-            ledger.live_step = None
         case records.Admitted(first=first, count=count, live_step=live):
             ledger.restore_admission(first, count)
             history.admitted_live.update(dict.fromkeys(range(first, first + count), live))
         case records.Reissued(tickets=tickets, reason=reason):
             _reissue(history, read_tickets(tickets), reason)
-        case records.Dispatched(ticket=ticket):
-            history.prompts[ticket] = record
         case records.Produced(first=first, count=count, group_size=size, columns=columns):
             ledger.produce(first, count, size, [spec.name for spec in columns])
             block = StoredBlock(place=place, columns=columns, first=first, count=count, group_size=size)
@@ -151,14 +206,40 @@ def _apply(history: History, record: AnyRecord, place: Place) -> None:
             task = next(name for name, task in ledger.tasks.items() if task.trains)
             _finish(ledger, task, read_tickets(data))
             history.steps[step] = record
+            history.epochs[step] = len(history.opened)
         case records.Dropped(tickets=data, reason=reason):
             dropped = read_tickets(data)
             ledger.drop(dropped, reason, also_trained=True)
             history.dropped.update(dict.fromkeys(dropped.tolist(), reason))
-        case records.Live(step=step):
+        case _:
+            _note(history, record)
+
+
+def _note(history: History, record: AnyRecord) -> None:
+    """Records that move no ticket."""
+    match record:
+        case records.Opened(carried=carried):
+            if carried is not None and not history.opened:
+                history.ledger = _carried(history.ledger, carried)
+            history.opened.append(record)
+            history.ledger.live_step = None
+        case records.Dispatched(ticket=ticket):
+            history.prompts[ticket] = record
+        case records.Live(step=step, fingerprint=fingerprint):
             history.live[step] = record
-        case records.Taken() | records.Released() | records.Checkpointed():
-            pass
+            history.served.setdefault(step, []).append(fingerprint)
+
+
+def _carried(ledger: Ledger, carried: records.Carried) -> Ledger:
+    """The ledger of a log that begins where a checkpoint left off."""
+    snapshot = LedgerSnapshot(
+        admitted=carried.admitted,
+        trained=carried.trained,
+        dropped=carried.dropped,
+        pending=tuple(map(Ticket, read_tickets(carried.pending).tolist())),
+        dropped_since=tuple(map(Ticket, read_tickets(carried.dropped_since).tolist())),
+    )
+    return Ledger(list(ledger.tasks.values()), ledger.gate, snapshot)
 
 
 def _finish(ledger: Ledger, task: str, tickets: Tickets) -> None:

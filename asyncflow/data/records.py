@@ -23,12 +23,23 @@ class Record(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """What happened."""
 
 
+class Carried(msgspec.Struct, frozen=True, array_like=True):
+    """What a checkpoint's ledger says of the tickets before a log that begins in the middle of a run."""
+
+    admitted: int
+    trained: int
+    dropped: dict[str, int]
+    pending: bytes
+    dropped_since: bytes
+
+
 class Opened(Record, frozen=True, kw_only=True):
     """A process took the log over. `epoch` counts the processes that did; what an older one writes is void.
 
     The gate's numbers are 0 where there is none. `restored_step` is the version of the
     checkpoint that the trainer went back to; trained steps after it stay trained, and are
-    replayed from here.
+    replayed from here. `carried` is what came before the first record, where that is not the
+    beginning of the run.
     """
 
     epoch: int
@@ -40,6 +51,7 @@ class Opened(Record, frozen=True, kw_only=True):
     steps: int = 0
     restored_step: int = 0
     wall_clock: str = ""
+    carried: Carried | None = None
 
 
 class Admitted(Record, frozen=True, kw_only=True):

@@ -41,7 +41,8 @@ def restore(history: History, log: Log, *, restored_step: int = 0, wall_clock: s
     first = min([block.first for block in blocks] + pending.tolist(), default=ledger.num_admitted)
     epoch = len(history.opened) + 1
     control = ControlPlane(ledger, log, generation=epoch, first_ticket=first)
-    control.note(opened(ledger, epoch, restored_step, wall_clock))
+    carried = None if history.opened else carry(ledger)
+    control.note(opened(ledger, epoch, restored_step, wall_clock, carried))
     _load(control, history, blocks)
     ledger.mark_redelivered(pending)
     unfinished = pending[ledger.state_of(pending) == State.ADMITTED]
@@ -50,7 +51,9 @@ def restore(history: History, log: Log, *, restored_step: int = 0, wall_clock: s
     return control
 
 
-def opened(ledger: Ledger, epoch: int, restored_step: int = 0, wall_clock: str = "") -> records.Opened:
+def opened(
+    ledger: Ledger, epoch: int, restored_step: int = 0, wall_clock: str = "", carried: records.Carried | None = None
+) -> records.Opened:
     """The record with which a process takes a log over."""
     gate = ledger.gate
     return records.Opened(
@@ -63,6 +66,21 @@ def opened(ledger: Ledger, epoch: int, restored_step: int = 0, wall_clock: str =
         steps=gate.steps if gate else 0,
         restored_step=restored_step,
         wall_clock=wall_clock,
+        carried=carried,
+    )
+
+
+def carry(ledger: Ledger) -> records.Carried | None:
+    """What a log has to say first that begins where this ledger stands; nothing at the beginning of a run."""
+    if ledger.num_admitted == 0:
+        return None
+    snapshot = ledger.snapshot()
+    return records.Carried(
+        snapshot.admitted,
+        snapshot.trained,
+        dict(snapshot.dropped),
+        records.ticket_bytes(np.array(snapshot.pending, np.int64)),
+        records.ticket_bytes(np.array(snapshot.dropped_since, np.int64)),
     )
 
 

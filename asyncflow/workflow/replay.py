@@ -15,18 +15,29 @@ from asyncflow.data.history import History
 
 
 async def replay_step(
-    trainer: TrainEngine[TensorT], loss: Loss[TensorT], history: History, step: int, columns: Sequence[str]
+    trainer: TrainEngine[TensorT],
+    loss: Loss[TensorT],
+    history: History,
+    step: int,
+    columns: Sequence[str],
+    use_threads: Callable[[int], None] | None = None,
 ) -> StepReport:
     """Take the step that made version `step`, as the log holds it; the trainer must be at the version before.
 
-    Raises `RunFolderError` where the log does not hold its rows any more.
+    `use_threads` hears, before each call of the trainer, how many CPU threads computed it (0: nobody
+    knows). Raises `RunFolderError` where the log does not hold the step's rows any more.
     """
     if trainer.version.step != step - 1:
         raise ValueError(f"step {step} can't be taken by a trainer at version {trainer.version.step}")
+    threads = history.steps[step].threads
     denominator = 0.0
-    for batch in history.micro_batches(step, columns):
+    for place, batch in enumerate(history.micro_batches(step, columns)):
         denominator += loss.denominator(batch)
+        if use_threads is not None:
+            use_threads(threads[place] if threads else 0)
         await trainer.accumulate(batch, loss)
+    if use_threads is not None:
+        use_threads(threads[-1] if threads else 0)
     return await trainer.apply(denominator)
 
 
