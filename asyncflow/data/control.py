@@ -31,10 +31,11 @@ from asyncflow.core.types import PolicyVersion, Ragged, Rows, Ticket
 from asyncflow.data import records
 from asyncflow.data.arena import HEADER_BYTES, Arena
 from asyncflow.data.directory import Directory, Extent, Source
-from asyncflow.data.layout import ColumnSpec, check
-from asyncflow.data.ledger import Ledger, LedgerCounts, LedgerSnapshot, Offer, State, Tickets
+from asyncflow.data.layout import ColumnSpec, check, row_type
+from asyncflow.data.ledger import Ledger, LedgerCounts, LedgerSnapshot, Offer, State
 from asyncflow.data.log import Log
 from asyncflow.data.plane import read_columns
+from asyncflow.data.tickets import Tickets, as_array, join
 
 LOST = "its consumer was lost"
 EXPIRED = "its lease ran out"
@@ -70,9 +71,7 @@ class Lease:
     @property
     def tickets(self) -> Tickets:
         """All of it."""
-        if len(self.parts) == 1:
-            return self.parts[0]
-        return np.concatenate(self.parts) if self.parts else np.empty(0, np.int64)
+        return join(self.parts)
 
 
 @dataclass(slots=True, eq=False)
@@ -124,6 +123,7 @@ class ControlPlane:
         self._reserves: deque[ParkedReserve] = deque()
         self._takes: dict[str, deque[ParkedTake]] = {name: deque() for name in ledger.tasks}
         self._sessions: set[Session] = set()
+        self._types: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._settlers: list[Callable[[], None]] = []
 
     # -- sessions ----------------------------------------------------------------------------
@@ -206,7 +206,7 @@ class ControlPlane:
             if self.ledger.gate is not None:
                 raise QueueError("this queue has a gate: reserve a ticket, then put its group")
             first = self.ledger.issue(count)
-            self._append(records.Admitted(first=first, count=count, live_step=-1))
+            self._append(lambda: records.Admitted(first=first, count=count, live_step=-1))
         elif ticket not in session.reserved:
             raise QueueError(f"ticket {ticket} is not reserved by {session.name}")
         else:
@@ -214,7 +214,10 @@ class ControlPlane:
             session.reserved.discard(ticket)
         self.ledger.produce(first, count, group_size, [spec.name for spec in columns])
         self.directory.add(first, count, group_size, extent, columns)
-        self._append(records.Produced(first=first, count=count, group_size=group_size, columns=columns), payload)
+        self.note_types(columns)
+        self._append(
+            lambda: records.Produced(first=first, count=count, group_size=group_size, columns=columns), payload
+        )
         self.log.when_safe(self._lsn, lambda: done(first))
         self._serve_all()
 
@@ -242,9 +245,10 @@ class ControlPlane:
         for spec in columns:
             self.ledger.write(tickets, counts, spec.name)
         self.directory.add_late(rows, extent, columns, order)
+        self.note_types(columns)
         where = records.row_bytes(rows)
         places = order.tobytes() if len(order) != columns[0].num_rows else b""
-        self._append(records.Written(rows=where, places=places, columns=columns), payload)
+        self._append(lambda: records.Written(rows=where, places=places, columns=columns), payload)
         self.log.when_safe(self._lsn, lambda: done(len(rows)))
         self._serve_all()
 
@@ -273,26 +277,29 @@ class ControlPlane:
     def drop(self, session: Session, tickets: Tickets, reason: str) -> None:
         """Give tickets up for a stated reason; other groups may start in their place."""
         self.ledger.drop(tickets, reason)
-        session.reserved.difference_update(tickets.tolist())
-        self._append(records.Dropped(tickets=records.ticket_bytes(tickets), reason=reason))
+        for owner in self._sessions:
+            owner.reserved.difference_update(tickets.tolist())
+        self._append(lambda: records.Dropped(tickets=records.ticket_bytes(tickets), reason=reason))
         self._free(self.directory.free(tickets, oldest=self.ledger.oldest))
         self.settle()
 
     def clear(self) -> None:
         """Drop everything that is in the queue; leases on it are void, and memory comes back as they end."""
         for session in self._sessions:
+            session.reserved.clear()
+            self._types.clear()
             for lease in list(session.leases.values()):
                 self._end_lease(session, lease)
         tickets = self.ledger.pending()
         if len(tickets):
             self.ledger.drop(tickets, CLEARED, also_trained=True)
-            self._append(records.Dropped(tickets=records.ticket_bytes(tickets), reason=CLEARED))
+            self._append(lambda: records.Dropped(tickets=records.ticket_bytes(tickets), reason=CLEARED))
             self._free(self.directory.free(tickets, oldest=self.ledger.oldest))
         self.settle()
 
     def dispatch(self, ticket: int, prompt: str, num_tokens: int) -> None:
         """Note which prompt a ticket is."""
-        self._append(records.Dispatched(ticket=ticket, prompt=prompt, num_tokens=num_tokens))
+        self._append(lambda: records.Dispatched(ticket=ticket, prompt=prompt, num_tokens=num_tokens))
 
     def finish(self) -> None:
         """No more puts will come: takes get what is left, then an empty answer."""
@@ -302,7 +309,7 @@ class ControlPlane:
     def advance(self, version: PolicyVersion) -> None:
         """The rollout engines serve this version now."""
         self.ledger.advance(version.step)
-        self._append(records.Live(step=version.step, lineage=version.lineage, fingerprint=version.fingerprint))
+        self._append(lambda: records.Live(step=version.step, lineage=version.lineage, fingerprint=version.fingerprint))
         self.settle()
 
     def begin_step(self, step: int) -> None:
@@ -339,14 +346,15 @@ class ControlPlane:
             return parked
         return None
 
-    def cancel(self, parked: ParkedTake | ParkedReserve) -> None:
-        """Forget a parked call; one that was answered meanwhile is not found any more."""
-        if isinstance(parked, ParkedReserve):
-            self._reserves = deque(other for other in self._reserves if other is not parked)
-        else:
-            line = self._takes[parked.lease.task]
-            self._takes[parked.lease.task] = deque(other for other in line if other is not parked)
-            self._serve_all()
+    def cancel(self, parked: ParkedTake | ParkedReserve) -> bool:
+        """Forget a parked call; false when it was granted meanwhile, and its answer may be under way."""
+        line: deque[ParkedReserve] | deque[ParkedTake]
+        line = self._reserves if isinstance(parked, ParkedReserve) else self._takes[parked.lease.task]
+        if parked not in line:
+            return False
+        line.remove(parked)  # type: ignore[arg-type]  # it is in it
+        self._serve_all()
+        return True
 
     def locate(self, rows: Rows, names: Sequence[str]) -> tuple[Source, ...]:
         """Where columns of rows lie. Raises `StaleHandleError`."""
@@ -355,9 +363,11 @@ class ControlPlane:
 
     def rows_of(self, tickets: Tickets) -> Rows:
         """All rows of these groups, in order."""
+        size = self.directory.common_size(tickets)
+        tickets = as_array(tickets)
+        if size:
+            return Rows.of_groups(tickets, size, self.generation)
         sizes = self.directory.group_sizes(tickets)
-        if len(sizes) == 0 or (sizes == sizes[0]).all():
-            return Rows.of_groups(tickets, int(sizes[0]) if len(sizes) else 1, self.generation)
         within = np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         return Rows(np.repeat(tickets, sizes), within.astype(np.int32), self.generation)
 
@@ -378,20 +388,25 @@ class ControlPlane:
         lease = session.leases.get(number)
         if lease is None:
             raise LeaseLostError(f"{session.name} acknowledged rows that are not leased to it, or no longer")
-        tickets = lease.tickets
-        states = self.ledger.state_of(tickets)
-        free = self.ledger.acknowledge(lease.task, tickets)
-        named = records.ticket_bytes(tickets[states == State.PRODUCED])
-        if self.ledger.tasks[lease.task].trains:
-            composition = tuple(map(records.row_bytes, batches))
-            self._append(records.Trained(step=step, tickets=named, batches=composition, threads=tuple(threads)))
-        else:
-            self._append(records.Done(task=lease.task, tickets=named))
+        if lease.parts:
+            self._acknowledge(lease, step, batches, threads)
         self._end_lease(session, lease)
-        self._free(self.directory.free(free, oldest=self.ledger.oldest))
         self.log.when_safe(self._lsn, done)
         if self.ledger.gate is not None or self.is_finished:
             self.settle()
+
+    def _acknowledge(self, lease: Lease, step: int, batches: Sequence[Rows], threads: Sequence[int]) -> None:
+        named, free = self.ledger.acknowledge(lease.task, lease.tickets)
+        if self.ledger.tasks[lease.task].trains:
+            composition = tuple(map(records.row_bytes, batches))
+            self._append(
+                lambda: records.Trained(
+                    step=step, tickets=records.ticket_bytes(named), batches=composition, threads=tuple(threads)
+                )
+            )
+        else:
+            self._append(lambda: records.Done(task=lease.task, tickets=records.ticket_bytes(named)))
+        self._free(self.directory.free(free, oldest=self.ledger.oldest))
 
     def release(self, session: Session, number: int, *, reason: str = RETURNED) -> None:
         """A consumer gives back all of its lease, or it ran out: it is offered again."""
@@ -403,10 +418,13 @@ class ControlPlane:
 
     def give_back(self, lease: Lease, tickets: Tickets) -> None:
         """Some of a lease was granted to somebody who was cancelled: it is offered again."""
-        lease.parts = [lease.tickets[~np.isin(lease.tickets, tickets)]]
+        held = as_array(lease.tickets)
+        lease.parts = [held[~np.isin(held, as_array(tickets))]]
         self.ledger.release(lease.task, tickets)
         self._append(
-            records.Released(task=lease.task, tickets=records.ticket_bytes(tickets), reason="its taker was cancelled")
+            lambda: records.Released(
+                task=lease.task, tickets=records.ticket_bytes(tickets), reason="its taker was cancelled"
+            )
         )
         self.settle()
 
@@ -419,7 +437,7 @@ class ControlPlane:
     def _release(self, session: Session, lease: Lease, reason: str, *, is_lost: bool) -> None:
         back = self.ledger.release(lease.task, lease.tickets, is_lost=is_lost)
         if len(back):
-            self._append(records.Released(task=lease.task, tickets=records.ticket_bytes(back), reason=reason))
+            self._append(lambda: records.Released(task=lease.task, tickets=records.ticket_bytes(back), reason=reason))
         self._end_lease(session, lease)
 
     def _end_lease(self, session: Session, lease: Lease) -> None:
@@ -435,13 +453,13 @@ class ControlPlane:
 
     def _return(self, tickets: Tickets, reason: str) -> None:
         self.ledger.readmit(tickets)
-        self._append(records.Reissued(tickets=records.ticket_bytes(tickets), reason=reason))
+        self._append(lambda: records.Reissued(tickets=records.ticket_bytes(tickets), reason=reason))
 
     # -- taking up a log ---------------------------------------------------------------------
 
     def note(self, record: records.AnyRecord) -> None:
         """Append a record that changes nothing."""
-        self._append(record)
+        self._lsn = self.log.append(records.encode(record))
 
     def issue_again(self, tickets: Tickets, reason: str) -> None:
         """Roll groups out again: what was put for them is void."""
@@ -516,7 +534,7 @@ class ControlPlane:
             ticket = self.ledger.admit()
             parked.session.reserved.add(ticket)
             live = -1 if self.ledger.live_step is None else self.ledger.live_step
-            self._append(records.Admitted(first=ticket, count=1, live_step=live))
+            self._append(lambda: records.Admitted(first=ticket, count=1, live_step=live))
             self._answer(parked.answer, Ticket(ticket))
 
     def _answer(self, answer: Callable[[Ticket], None], ticket: Ticket) -> None:
@@ -545,25 +563,25 @@ class ControlPlane:
             tickets = tickets[:kept]
         if len(tickets) == 0:
             if self._is_over(task):
-                self.log.when_safe(self._lsn, lambda: parked.answer(Taken(Rows.of_groups(tickets, 1), ())))
+                self.log.when_safe(self._lsn, lambda: parked.answer(Taken(Rows.of_groups(as_array(tickets), 1), ())))
                 return True
             return False
         lease.parts.append(tickets)
-        rows = self.rows_of(tickets)
-        sources = self.directory.locate(rows, self.ledger.tasks[task].needs)
+        rows, needs = self.rows_of(tickets), self.ledger.tasks[task].needs
+        sources = self.directory.locate_groups(tickets, needs) or self.directory.locate(rows, needs)
         for extent in {piece.extent for source in sources for piece in source.pieces}:
             lease.extents.append(extent)
             self._held[extent] += 1
-        self._append(records.Taken(task=task, tickets=records.ticket_bytes(tickets)))
+        self._append(lambda: records.Taken(task=task, tickets=records.ticket_bytes(tickets)))
         self.log.when_safe(self._lsn, lambda: parked.answer(Taken(rows, sources)))
         return True
 
     def _is_rest(self, task: str) -> bool:
         """Whether what is ready now is all that is still to come, unless a consumer is lost."""
-        return self.is_finished and not np.any(self._offers(task) == Offer.INCOMPLETE)
+        return self.is_finished and not (self._offers(task) == Offer.INCOMPLETE).any()
 
     def _is_over(self, task: str) -> bool:
-        return self.is_finished and bool(np.all(self._offers(task) == Offer.DONE))
+        return self.is_finished and bool((self._offers(task) == Offer.DONE).all())
 
     def _offers(self, task: str) -> NDArray[np.uint8]:
         return self.ledger.offered(task, self.ledger.pending())
@@ -576,10 +594,24 @@ class ControlPlane:
             raise QueueError(f"{session.name} put a block that is not in its own arena")
         for spec in columns:
             check(spec, extent.num_bytes - HEADER_BYTES)
+            known = self._types.get(spec.name, row_type(spec))
+            if spec.num_values and known != row_type(spec):
+                raise ColumnError(
+                    f"rows of column {spec.name} are {known[0]}{[*known[1]]} in this queue, these are "
+                    f"{spec.dtype}{[*row_type(spec)[1]]}: convert them, or name the column otherwise"
+                )
         return session.arena.block(extent)
 
-    def _append(self, record: records.AnyRecord, payload: NDArray[np.uint8] | None = None) -> None:
-        self._lsn = self.log.append(records.encode(record), () if payload is None else (payload,))
+    def note_types(self, columns: Iterable[ColumnSpec]) -> None:
+        """From now on rows of these columns must be of the same types, so that any can be read together."""
+        for spec in columns:
+            if spec.num_values:
+                self._types[spec.name] = row_type(spec)
+
+    def _append(self, record: Callable[[], records.AnyRecord], payload: NDArray[np.uint8] | None = None) -> None:
+        """Log what happened; nothing is made of it where no log is kept."""
+        if self.log.is_kept:
+            self._lsn = self.log.append(records.encode(record()), () if payload is None else (payload,))
 
     def _free(self, extents: Sequence[Extent]) -> None:
         held = [extent for extent in extents if extent in self._held]

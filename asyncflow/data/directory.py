@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from asyncflow.core.errors import LedgerError, StaleHandleError
 from asyncflow.core.types import Rows
 from asyncflow.data.layout import ColumnSpec
+from asyncflow.data.tickets import TicketArray, Tickets, as_array, places
 from asyncflow.data.window import Window
 
 NOWHERE = -1
@@ -85,6 +86,7 @@ class Directory:
         )
         self._rows = Window({"unused": (np.bool_, 0)})
         self._late: list[str] = []
+        self._late_set: set[str] = set()
 
     def __len__(self) -> int:
         """Blocks in use."""
@@ -98,13 +100,14 @@ class Directory:
 
     def add(self, first: int, count: int, group_size: int, extent: Extent, columns: tuple[ColumnSpec, ...]) -> None:
         """The block of a put: groups of consecutive tickets, of `group_size` rows each."""
-        tickets, places = self._tickets, np.arange(count, dtype=np.int32)
+        tickets = self._tickets
         if first + count > tickets.end:
             tickets.extend(first + count - tickets.end)
         here = slice(first - tickets.base, first - tickets.base + count)
         tickets["block"][here] = self._num_blocks
-        tickets["at"][here] = places * group_size
-        tickets["row"][here] = self._num_rows + places * group_size
+        at = np.arange(0, count * group_size, group_size)
+        tickets["at"][here] = at
+        tickets["row"][here] = at + self._num_rows
         tickets["size"][here] = group_size
         self._blocks[self._num_blocks] = Block(extent, columns, group_size, count, self._num_rows)
         self._num_blocks += 1
@@ -131,6 +134,7 @@ class Directory:
             self._rows = Window({"unused": (np.bool_, 0)}, base=oldest)
             self._rows.extend(self._num_rows - oldest)
         self._late.append(name)
+        self._late_set.add(name)
         self._rows.add(f"block {name}", np.int64, NOWHERE)
         self._rows.add(f"at {name}", np.int32, 0)
 
@@ -143,22 +147,42 @@ class Directory:
 
     # -- where it is --------------------------------------------------------------------------
 
+    def common_size(self, tickets: Tickets) -> int:
+        """Rows of each of these groups; 0 where they differ, or are not here."""
+        sizes = self._tickets["size"][places(tickets, self._tickets.base)]
+        size = int(sizes[0]) if len(sizes) else 1
+        return size if (sizes == size).all() else 0
+
     def group_sizes(self, tickets: NDArray[np.int64]) -> NDArray[np.int32]:
         """Rows of each group. Raises `StaleHandleError` when one is not here."""
         self._check(tickets)
         sizes: NDArray[np.int32] = self._tickets["size"][tickets - self._tickets.base].astype(np.int32)
         return sizes
 
+    def locate_groups(self, tickets: Tickets, names: Sequence[str]) -> tuple[Source, ...] | None:
+        """The same for all rows of consecutive groups that lie in one block; None where they do not."""
+        window = self._tickets
+        if not isinstance(tickets, range) or not self._late_set.isdisjoint(names):
+            return None
+        blocks = window["block"]
+        number = int(blocks[tickets.start - window.base])
+        if number == NOWHERE or int(blocks[tickets.stop - 1 - window.base]) != number:
+            return None  # the tickets of a block are consecutive, so those between are in it too
+        block = self._blocks[number]
+        start = int(window["at"][tickets.start - window.base])
+        span = Span(start, start + block.group_size * len(tickets))
+        return (Source(tuple(names), (Piece(block.extent, block.columns, block.group_size, span),)),)
+
     def locate(self, rows: Rows, names: Sequence[str]) -> tuple[Source, ...]:
         """Where these columns of these rows lie. Raises `StaleHandleError` for rows that are not here."""
         self._check(rows.tickets)
-        places = rows.tickets - self._tickets.base
-        blocks, at = self._tickets["block"][places], self._tickets["at"][places] + rows.indices
+        here = rows.tickets - self._tickets.base
+        blocks, at = self._tickets["block"][here], self._tickets["at"][here] + rows.indices
         if not self._late:
             return (Source(tuple(names), tuple(self._pieces(blocks, at))),)
         late = [name for name in names if name in self._late]
         sources = [Source(tuple(name for name in names if name not in late), tuple(self._pieces(blocks, at)))]
-        numbers = self._tickets["row"][places] + rows.indices - self._rows.base
+        numbers = self._tickets["row"][here] + rows.indices - self._rows.base
         for name in late:
             own = self._rows[f"block {name}"][numbers]
             is_own = own != NOWHERE
@@ -180,24 +204,27 @@ class Directory:
 
     # -- what goes ----------------------------------------------------------------------------
 
-    def free(self, tickets: NDArray[np.int64], *, oldest: int = 0) -> list[Extent]:
+    def free(self, tickets: Tickets, *, oldest: int = 0) -> list[Extent]:
         """These groups are not needed any more, nor any before `oldest`; the blocks in which nothing is needed now."""
-        held = tickets[(tickets >= self._tickets.base) & (tickets < self._tickets.end)]
-        held = held[self._tickets["block"][held - self._tickets.base] != NOWHERE]
-        if len(held) == 0:
-            self._forget(oldest)
-            return []
-        places = held - self._tickets.base
-        freed = self._free_late(places) if self._late else []
-        blocks = self._tickets["block"][places]
-        self._tickets["block"][places] = NOWHERE
-        freed += self._leave(blocks)
+        window = self._tickets
+        blocks = window["block"]
+        if not isinstance(tickets, range) or tickets.start < window.base or tickets.stop > window.end:
+            tickets = as_array(tickets)
+            tickets = tickets[(tickets >= window.base) & (tickets < window.end)]
+        here = places(tickets, window.base)
+        left = blocks[here]
+        if (left == NOWHERE).any():
+            tickets = as_array(tickets)[left != NOWHERE]
+            here, left = places(tickets, window.base), left[left != NOWHERE]
+        freed = self._free_late(here) if self._late else []
+        freed += self._leave(left)
+        blocks[here] = NOWHERE
         self._forget(oldest)
         return freed
 
-    def _free_late(self, places: NDArray[np.int64]) -> list[Extent]:
-        sizes = self._tickets["size"][places]
-        first = np.repeat(self._tickets["row"][places], sizes)
+    def _free_late(self, here: slice | TicketArray) -> list[Extent]:
+        sizes = self._tickets["size"][here]
+        first = np.repeat(self._tickets["row"][here], sizes)
         within = np.arange(len(first)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         numbers = first + within - self._rows.base
         # Columns of one write share a block, in which each row counts once.
@@ -209,7 +236,9 @@ class Directory:
         return self._leave(owners[is_first & (owners != NOWHERE)])
 
     def _leave(self, blocks: NDArray[np.generic]) -> list[Extent]:
-        if len(blocks) and (blocks == blocks[0]).all():
+        if len(blocks) == 0:
+            return []
+        if (blocks == blocks[0]).all():
             counted = [(int(blocks[0]), len(blocks))]
         else:
             numbers, counts = np.unique(blocks, return_counts=True)
@@ -240,8 +269,8 @@ class Directory:
         window = self._tickets
         if len(tickets) == 0:
             return
-        places = tickets - window.base
-        if places.min() < 0 or tickets.max() >= window.end or (window["block"][places] == NOWHERE).any():
+        here = tickets - window.base
+        if here.min() < 0 or tickets.max() >= window.end or (window["block"][here] == NOWHERE).any():
             raise StaleHandleError(
                 "some of these rows are no longer in the queue: acknowledged by every task, dropped or cleared"
             )

@@ -20,9 +20,10 @@ from asyncflow.core.types import MicroBatch, Ragged, Rows, Ticket
 from asyncflow.data import records
 from asyncflow.data.gate import Gate
 from asyncflow.data.layout import ColumnSpec, join, read, select
-from asyncflow.data.ledger import Ledger, LedgerSnapshot, QueueTask, State, Tickets
+from asyncflow.data.ledger import Ledger, LedgerSnapshot, QueueTask, State
 from asyncflow.data.log import Place, read_log, read_payload
 from asyncflow.data.records import AnyRecord, read_rows, read_tickets
+from asyncflow.data.tickets import TicketArray as Tickets
 
 Places: TypeAlias = NDArray[np.intp]
 

@@ -183,6 +183,11 @@ def check(spec: ColumnSpec, block_bytes: int) -> None:
         raise ColumnError(f"damaged description of column {spec.name!r}: of unknown dtype, or outside its block")
 
 
+def row_type(spec: ColumnSpec) -> tuple[str, tuple[int, ...]]:
+    """What rows of a column must have in common to be read together: dtype, and shape but for the length."""
+    return spec.dtype, spec.shape[1:] if spec.kind == Kind.DENSE else spec.shape
+
+
 def select(column: Ragged, places: slice | NDArray[np.integer]) -> Ragged:
     """Some rows of a column, in the order of `places`; a slice gives views.
 
@@ -207,18 +212,39 @@ def select(column: Ragged, places: slice | NDArray[np.integer]) -> Ragged:
 
 
 def join(parts: Sequence[Ragged]) -> Ragged:
-    """Columns behind each other; a single one stays what it is. Raises `ColumnError` when their dtypes differ."""
+    """Columns behind each other; a single one stays what it is. Raises `ColumnError` when their dtypes differ.
+
+    Where some are dense and others not, all become ragged. A column without values, whose rows
+    are all None or empty, goes with any.
+    """
     if len(parts) == 1:
         return parts[0]
-    kinds = {(part.values.dtype, part.dtype, part.is_dense, part.values.shape[1:]) for part in parts}
-    if len(kinds) > 1:
-        raise ColumnError(f"rows of one column were put with different types: {sorted(map(str, kinds))}")
+    filled = parts
+    if len(set(map(_kind, parts))) > 1:
+        parts = [_to_ragged(part) for part in parts]
+        filled = [part for part in parts if len(part.values)] or parts[:1]
+        if len(kinds := set(map(_kind, filled))) > 1:
+            raise ColumnError(f"rows of one column were put with different types: {sorted(map(str, kinds))}")
     return Ragged(
-        values=np.concatenate([part.values for part in parts]),
+        values=np.concatenate([part.values for part in filled]),
         lengths=np.concatenate([part.lengths for part in parts]),
-        dtype=parts[0].dtype,
-        is_dense=parts[0].is_dense,
+        dtype=filled[0].dtype,
+        is_dense=filled[0].is_dense,
     )
+
+
+def _kind(column: Ragged) -> tuple[object, ...]:
+    return column.values.dtype, column.dtype, column.is_dense, column.values.shape[1:]
+
+
+def _to_ragged(column: Ragged) -> Ragged:
+    """A dense column as one of rows that have the same length; a number is a row of one."""
+    if not column.is_dense:
+        return column
+    num_rows, *shape = column.values.shape
+    size = shape[0] if shape else 1
+    values = column.values.reshape(num_rows * size, *shape[1:])
+    return Ragged(values=values, lengths=np.full(num_rows, size, np.int32), dtype=column.dtype)
 
 
 def values_bytes(spec: ColumnSpec) -> int:

@@ -21,7 +21,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,9 +28,8 @@ from numpy.typing import NDArray
 from asyncflow.core.errors import LeaseLostError, LedgerError, StaleHandleError
 from asyncflow.core.types import Ticket
 from asyncflow.data.gate import Gate
+from asyncflow.data.tickets import TicketArray, Tickets, as_array, join, places
 from asyncflow.data.window import Window
-
-Tickets: TypeAlias = NDArray[np.int64]
 
 MAX_COLUMNS = 63
 
@@ -54,6 +52,11 @@ class Offer(IntEnum):
     READY = 1
     LEASED = 2
     DONE = 3
+
+
+# As plain numbers: an attribute of an enumeration costs as much as an array operation here.
+_ADMITTED, _RETURNED, _PRODUCED, _TRAINED, _DROPPED = map(int, State)
+_INCOMPLETE, _READY, _LEASED, _DONE = map(int, Offer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,39 +104,38 @@ class _TaskState:
     task: QueueTask
     mask: int
     in_order: bool
+    offers: str = field(init=False)
     heap: list[int] = field(default_factory=list)
-    line: deque[Tickets | range] = field(default_factory=deque)
+    line: deque[Tickets] = field(default_factory=deque)
     num_ready: int = 0
+
+    def __post_init__(self) -> None:
+        self.offers = f"offer {self.task.name}"
 
     def add(self, tickets: Tickets, *, first: bool = False) -> None:
         self.num_ready += len(tickets)
         if self.in_order:
-            for ticket in tickets.tolist():
+            for ticket in as_array(tickets).tolist():
                 heapq.heappush(self.heap, ticket)
         elif first:
             self.line.appendleft(tickets)
         else:
             self.line.append(tickets)
 
-    def add_range(self, first: int, count: int) -> None:
+    def add_range(self, tickets: range) -> None:
         """The same for consecutive tickets; those put one by one become one range."""
-        if self.in_order:
-            return self.add(np.arange(first, first + count))
-        self.num_ready += count
-        last = self.line[-1] if self.line else None
-        if isinstance(last, range) and last.stop == first:
-            self.line[-1] = range(last.start, first + count)
+        last = self.line[-1] if self.line and not self.in_order else None
+        if isinstance(last, range) and last.stop == tickets.start:
+            self.num_ready += len(tickets)
+            self.line[-1] = range(last.start, tickets.stop)
         else:
-            self.line.append(range(first, first + count))
-        return None
+            self.add(tickets)
 
     def pop(self, wanted: int) -> Tickets:
         """At least one of the next tickets, at most so many; some may have been dropped or taken meanwhile."""
         tickets = self.line.popleft()
         if len(tickets) > wanted:
             self.line.appendleft(tickets[wanted:])
-        if isinstance(tickets, range):
-            return np.arange(tickets.start, min(tickets.stop, tickets.start + wanted))
         return tickets[:wanted]
 
 
@@ -155,14 +157,15 @@ class Ledger:
         self._states = {
             task.name: _TaskState(task, self._mask(task.needs), gate is not None and task.trains) for task in tasks
         }
+        self._training = next((task.name for task in tasks if task.trains), None)
         snapshot = snapshot or LedgerSnapshot(admitted=0, trained=0, dropped={}, pending=())
         self._dropped = Counter(dict(snapshot.dropped))
         self._trained = snapshot.trained
         oldest = min(snapshot.pending, default=Ticket(snapshot.admitted))
         self._window = Window(
-            {"state": (np.uint8, State.TRAINED), "rows": (np.int32, 0), "undone": (np.int16, 0)}
+            {"state": (np.uint8, _TRAINED), "rows": (np.int32, 0), "undone": (np.int16, 0)}
             | {"again": (np.bool_, 0), "full": (np.uint64, 0)}
-            | {f"offer {name}": (np.uint8, Offer.INCOMPLETE) for name in self.tasks},
+            | {f"offer {name}": (np.uint8, _INCOMPLETE) for name in self.tasks},
             base=oldest,
         )
         self._returned: list[int] = []
@@ -170,10 +173,11 @@ class Ledger:
         self._num_dropped_before = self._dropped.total() - len(self._line_dropped)
         self._oldest = int(oldest)  # no ticket before it is pending
         self._extend(snapshot.admitted - oldest)
+        self._set_state(np.array(self._line_dropped, np.int64), _DROPPED)
         if snapshot.pending:
-            self._set_state(np.array(snapshot.pending, np.int64), State.ADMITTED)
+            self._set_state(np.array(snapshot.pending, np.int64), _ADMITTED)
             self._returned = sorted(map(int, snapshot.pending))
-            self._set_state(np.array(self._returned, np.int64), State.RETURNED)
+            self._set_state(np.array(self._returned, np.int64), _RETURNED)
 
     # -- admission ---------------------------------------------------------------------------
 
@@ -196,7 +200,7 @@ class Ledger:
             raise LedgerError(f"admission refused: {self.counts()}, weights live at version {self.live_step}")
         if self._returned and count == 1:
             ticket = self._returned.pop(0)
-            self._set_state(np.array([ticket]), State.ADMITTED)
+            self._set_state(np.array([ticket]), _ADMITTED)
             return ticket
         return self.issue(count)
 
@@ -204,7 +208,7 @@ class Ledger:
         """The first of `count` new tickets, whatever the gate says: for groups that exist already."""
         first = self._window.end
         self._extend(count)
-        self._window["state"][first - self._window.base : self._window.end - self._window.base] = State.ADMITTED
+        self._window["state"][first - self._window.base : self._window.end - self._window.base] = _ADMITTED
         return first
 
     def restore_admission(self, first: int, count: int) -> None:
@@ -213,7 +217,7 @@ class Ledger:
             self.issue(count)
         elif count == 1 and first in self._returned:
             self._returned.remove(first)
-            self._set_state(np.array([first]), State.ADMITTED)
+            self._set_state(np.array([first]), _ADMITTED)
         else:
             raise LedgerError(f"ticket {first} was admitted twice")
 
@@ -221,13 +225,13 @@ class Ledger:
         """Issue tickets again whose rollout was lost, or whose rows can't be used; what tasks did with them is void."""
         self._check_pending(tickets)
         self._withdraw(tickets)
-        window, places = self._window, tickets - self._window.base
-        window["rows"][places] = 0
-        window["full"][places] = 0
+        window, here = self._window, places(tickets, self._window.base)
+        window["rows"][here] = 0
+        window["full"][here] = 0
         for name in self._late:
-            window[f"rows with {name}"][places] = 0
-        self._set_state(tickets, State.RETURNED)
-        for ticket in tickets.tolist():
+            window[f"rows with {name}"][here] = 0
+        self._set_state(tickets, _RETURNED)
+        for ticket in as_array(tickets).tolist():
             if ticket not in self._returned:
                 insort(self._returned, ticket)
 
@@ -235,8 +239,8 @@ class Ledger:
         """Whether no rollout is under way or may begin under the live weights: every group's rows are whole."""
         if self.live_step is None:
             return True
-        training = next(name for name, task in self.tasks.items() if task.trains)
-        return not self.may_admit() and bool(np.all(self.offered(training, self.pending()) >= Offer.READY))
+        training = self._training or ""
+        return not self.may_admit() and bool((self.offered(training, self.pending()) >= _READY).all())
 
     def advance(self, live_step: int) -> None:
         """The rollout engines serve the weights of `live_step` from now on."""
@@ -249,54 +253,54 @@ class Ledger:
     def produce(self, first: int, count: int, group_size: int, columns: Iterable[str]) -> None:
         """The groups of consecutive tickets exist, with these columns for all their rows."""
         window, mask = self._window, self._mask(columns)
-        places = slice(first - window.base, first - window.base + count)
-        if first < window.base or first + count > window.end or np.any(window["state"][places] != State.ADMITTED):
+        here, states = slice(first - window.base, first - window.base + count), window["state"]
+        if first < window.base or first + count > window.end or (states[here] != _ADMITTED).any():
             raise LedgerError(f"tickets from {first} on were put twice, or put without being reserved")
-        window["state"][places] = State.PRODUCED
-        window["rows"][places] = group_size
-        window["full"][places] = mask
-        window["undone"][places] = len(self.tasks)
-        for name, state in self._states.items():
+        states[here] = _PRODUCED
+        window["rows"][here] = group_size
+        window["full"][here] = mask
+        window["undone"][here] = len(self.tasks)
+        for state in self._states.values():
             if state.mask & ~mask == 0:
-                window[f"offer {name}"][places] = Offer.READY
-                state.add_range(first, count)
+                window[state.offers][here] = _READY
+                state.add_range(range(first, first + count))
 
-    def write(self, tickets: Tickets, num_rows: NDArray[np.integer], column: str) -> None:
+    def write(self, tickets: TicketArray, num_rows: NDArray[np.integer], column: str) -> None:
         """So many more rows of some groups, each named once, have a column."""
-        bit, window, places = np.uint64(self._mask((column,))), self._window, tickets - self._window.base
+        bit, window, here = np.uint64(self._mask((column,))), self._window, tickets - self._window.base
         if column not in self._late:
             self._late.add(column)
             window.add(f"rows with {column}", np.int32, 0)
         written = window[f"rows with {column}"]
-        if np.any(window["full"][places] & bit) or np.any(written[places] + num_rows > window["rows"][places]):
+        if (window["full"][here] & bit).any() or (written[here] + num_rows > window["rows"][here]).any():
             raise LedgerError(f"column {column} of tickets {_some(tickets)} was written twice")
-        written[places] += num_rows
-        complete = tickets[written[places] == window["rows"][places]]
+        written[here] += num_rows
+        complete = tickets[written[here] == window["rows"][here]]
         window["full"][complete - window.base] |= bit
         self._offer(complete, int(bit))
 
-    def _offer(self, tickets: Tickets, bit: int) -> None:
+    def _offer(self, tickets: TicketArray, bit: int) -> None:
         """Offer groups to the tasks for which the column of this bit was the last one missing."""
-        window, places = self._window, tickets - self._window.base
-        for name, state in self._states.items():
+        window, here = self._window, tickets - self._window.base
+        for state in self._states.values():
             if state.mask & bit == 0:
                 continue
-            needs, offers = np.uint64(state.mask), window[f"offer {name}"]
-            ready = tickets[(window["full"][places] & needs == needs) & (offers[places] == Offer.INCOMPLETE)]
+            needs, offers = np.uint64(state.mask), window[state.offers]
+            ready = tickets[(window["full"][here] & needs == needs) & (offers[here] == _INCOMPLETE)]
             if len(ready):
-                offers[ready - window.base] = Offer.READY
+                offers[ready - window.base] = _READY
                 state.add(ready)
 
     def drop(self, tickets: Tickets, reason: str, *, also_trained: bool = False) -> None:
         """Give tickets up, with `also_trained` those too that are being trained. What tasks hold of them is void."""
         self._check_pending(tickets)
-        window, places = self._window, tickets - self._window.base
-        for name, state in self._states.items():
-            if state.task.trains and not also_trained and np.any(window[f"offer {name}"][places] >= Offer.LEASED):
+        window, here = self._window, places(tickets, self._window.base)
+        for state in self._states.values():
+            if state.task.trains and not also_trained and (window[state.offers][here] >= _LEASED).any():
                 raise LedgerError(f"tickets {_some(tickets)} can't be dropped: they are being trained")
         self._withdraw(tickets)
-        self._set_state(tickets, State.DROPPED)
-        for ticket in tickets.tolist():
+        self._set_state(tickets, _DROPPED)
+        for ticket in as_array(tickets).tolist():
             insort(self._line_dropped, ticket)
             if self._returned and ticket in self._returned:
                 self._returned.remove(ticket)
@@ -305,12 +309,12 @@ class Ledger:
 
     def _withdraw(self, tickets: Tickets) -> None:
         """No task is offered these any longer."""
-        places = tickets - self._window.base
-        for name, state in self._states.items():
-            offers = self._window[f"offer {name}"]
-            state.num_ready -= int(np.count_nonzero(offers[places] == Offer.READY))
-            offers[places] = Offer.INCOMPLETE
-        self._window["undone"][places] = 0
+        here = places(tickets, self._window.base)
+        for state in self._states.values():
+            offers = self._window[state.offers]
+            state.num_ready -= int(np.count_nonzero(offers[here] == _READY))
+            offers[here] = _INCOMPLETE
+        self._window["undone"][here] = 0
 
     # -- leases ------------------------------------------------------------------------------
 
@@ -322,42 +326,44 @@ class Ledger:
         """Lease the groups that a task may have now to it, at most so many, oldest first."""
         state = self._states[task]
         taken = self._take_in_order(state, max_groups) if state.in_order else self._take_as_they_came(state, max_groups)
-        self._window[f"offer {task}"][taken - self._window.base] = Offer.LEASED
         state.num_ready -= len(taken)
         return taken
 
     def lease(self, task: str, tickets: Tickets) -> None:
         """Lease these very groups to a task, as a log says it was."""
-        places = tickets - self._window.base
-        offers = self._window[f"offer {task}"]
-        self._states[task].num_ready -= int(np.count_nonzero(offers[places] == Offer.READY))
-        offers[places] = Offer.LEASED
+        here, state = places(tickets, self._window.base), self._states[task]
+        offers = self._window[state.offers]
+        state.num_ready -= int(np.count_nonzero(offers[here] == _READY))
+        offers[here] = _LEASED
 
     def _take_as_they_came(self, state: _TaskState, max_groups: int) -> Tickets:
-        window, wanted = self._window, min(max_groups, state.num_ready)
+        base, offers = self._window.base, self._window[state.offers]
+        wanted = min(max_groups, state.num_ready)
         parts: list[Tickets] = []
-        offers = window[f"offer {state.task.name}"]
         while wanted:
             tickets = state.pop(wanted)
-            if tickets[0] < window.base:  # dropped so long ago that they are forgotten
-                tickets = tickets[tickets >= window.base]
-            is_ready = offers[tickets - window.base] == Offer.READY
-            parts.append(tickets if is_ready.all() else tickets[is_ready])
-            offers[parts[-1] - window.base] = Offer.LEASED  # one issued again may stand in line twice
-            wanted -= len(parts[-1])
-        if len(parts) == 1:
-            return parts[0]
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+            if tickets[0] < base:  # dropped so long ago that they are forgotten
+                tickets = as_array(tickets)
+                tickets = tickets[tickets >= base]
+            here = places(tickets, base)
+            is_ready = offers[here] == _READY
+            if not is_ready.all():
+                tickets = as_array(tickets)[is_ready]
+                here = places(tickets, base)
+            offers[here] = _LEASED  # at once, for one issued again may stand in line twice
+            parts.append(tickets)
+            wanted -= len(tickets)
+        return join(parts)
 
     def _take_in_order(self, state: _TaskState, max_groups: int) -> Tickets:
         window = self._window
         taken: list[int] = []
-        offers = window[f"offer {state.task.name}"]
+        offers = window[state.offers]
         limit = self._rank_limit(offers)
         while state.heap and len(taken) < max_groups and self.rank(state.heap[0]) < limit:
             ticket = heapq.heappop(state.heap)
-            if ticket >= window.base and offers[ticket - window.base] == Offer.READY:
-                offers[ticket - window.base] = Offer.LEASED
+            if ticket >= window.base and offers[ticket - window.base] == _READY:
+                offers[ticket - window.base] = _LEASED
                 taken.append(ticket)
         return np.array(taken, np.int64)
 
@@ -367,7 +373,7 @@ class Ledger:
         if gate is None:
             raise LedgerError("a queue without a gate has no order")
         states = window["state"]
-        oldest = self._first(lambda part: (states[part] <= State.PRODUCED) & (offers[part] <= Offer.READY))
+        oldest = self._first(lambda part: (states[part] <= _PRODUCED) & (offers[part] <= _READY))
         return gate.rank_limit(oldest_rank=self.rank(oldest), step=self.train_step)
 
     def _first(self, is_wanted: Callable[[slice], NDArray[np.bool_]]) -> int:
@@ -381,54 +387,66 @@ class Ledger:
             start, step = start + step, 2 * step
         return self._window.end
 
-    def release(self, task: str, tickets: Tickets, *, is_lost: bool = False) -> Tickets:
+    def release(self, task: str, tickets: Tickets, *, is_lost: bool = False) -> TicketArray:
         """Take groups back unfinished: they are offered again, first of all. Those ended meanwhile are passed over.
 
         `is_lost`: nobody knows what their taker did; columns that it wrote stay, and may be written again.
         """
         state, window = self._states[task], self._window
-        back: Tickets = tickets[tickets >= window.base]
-        back = back[window[f"offer {task}"][back - window.base] == Offer.LEASED]
-        window[f"offer {task}"][back - window.base] = Offer.READY
+        offers, back = window[state.offers], as_array(tickets)
+        back = back[back >= window.base]
+        back = back[offers[back - window.base] == _LEASED]
+        offers[back - window.base] = _READY
         window["again"][back - window.base] |= is_lost
         if len(back):
             state.add(back, first=True)
         return back
 
-    def acknowledge(self, task: str, tickets: Tickets) -> Tickets:
-        """A task is done with groups; those dropped meanwhile are passed over. Returns those nobody needs any more.
+    def acknowledge(self, task: str, tickets: Tickets) -> tuple[Tickets, Tickets]:
+        """A task is done with groups; those dropped meanwhile are passed over.
 
-        Raises `LeaseLostError` unless all of the others are leased to the task.
+        Returns the others, and those among them that nobody needs any more. Raises `LeaseLostError` unless all of the others are leased to the task.
         """
         state, window = self._states[task], self._window
-        known = tickets[tickets >= window.base]  # what is leased is forgotten only when it was dropped
-        live = known[window["state"][known - window.base] != State.DROPPED]
-        offers = window[f"offer {task}"]
-        if np.any(offers[live - window.base] != Offer.LEASED):
-            raise LeaseLostError(f"task {task} acknowledged tickets {_some(tickets)} that are not leased to it")
-        places = live - window.base
-        offers[places] = Offer.DONE
-        window["undone"][places] -= 1
-        free: Tickets = live[window["undone"][places] == 0]
-        self._end(live if state.task.trains else free, state.task.trains)
-        return free
+        offers, undone = window[state.offers], window["undone"]
+        here = places(tickets, window.base)
+        if tickets[0] < window.base or (offers[here] != _LEASED).any():
+            tickets = self._still_leased(state, as_array(tickets))
+            here = places(tickets, window.base)
+        offers[here] = _DONE
+        left = undone[here] - 1
+        undone[here] = left
+        free = tickets if not left.any() else as_array(tickets)[left == 0]
+        ended = tickets if state.task.trains else free if self._training is None else range(0)
+        if len(ended):
+            window["state"][places(ended, window.base)] = _TRAINED
+            self._trained += len(ended)
+        if len(ended) or len(free):
+            self._forget()
+        return tickets, free
 
-    def _end(self, tickets: Tickets, is_training: bool) -> None:
-        """Tickets are trained; where no task trains, that is when all tasks are done."""
-        if is_training or not any(task.trains for task in self.tasks.values()):
-            self._set_state(tickets, State.TRAINED)
-            self._trained += len(tickets)
-        self._forget()
+    def _still_leased(self, state: _TaskState, tickets: TicketArray) -> TicketArray:
+        """Those that were not dropped. Raises `LeaseLostError` unless all of these are leased to the task."""
+        window = self._window
+        known = tickets[tickets >= window.base]  # what is leased is forgotten only when it was dropped
+        live: TicketArray = known[window["state"][known - window.base] != _DROPPED]
+        if (window[state.offers][live - window.base] != _LEASED).any():
+            raise LeaseLostError(f"task {state.task.name} acknowledged tickets {_some(tickets)} not leased to it")
+        return live
 
     def _forget(self) -> None:
         """Move the window past tickets that have ended and are done with for every task."""
         window = self._window
         states, undone = window["state"], window["undone"]
-        self._oldest = self._first(lambda part: (states[part] <= State.PRODUCED) | (undone[part] > 0))
+        here = self._oldest - window.base
+        if self._oldest < window.end and (states[here] <= _PRODUCED or undone[here] > 0):
+            return
+        self._oldest = self._first(lambda part: (states[part] <= _PRODUCED) | (undone[part] > 0))
         window.forget(self._oldest)
-        passed = bisect_left(self._line_dropped, window.base)
-        self._num_dropped_before += passed
-        del self._line_dropped[:passed]
+        if self._line_dropped:
+            passed = bisect_left(self._line_dropped, window.base)
+            self._num_dropped_before += passed
+            del self._line_dropped[:passed]
 
     # -- accounting --------------------------------------------------------------------------
 
@@ -460,18 +478,19 @@ class Ledger:
             dropped_since=tuple(Ticket(ticket) for ticket in self._line_dropped if ticket > oldest),
         )
 
-    def pending(self) -> Tickets:
+    def pending(self) -> TicketArray:
         """The tickets that are neither trained nor dropped, in order."""
         window = self._window
         start, size = self._oldest - window.base, window.end - window.base
-        return self._oldest + np.flatnonzero(window["state"][start:size] <= State.PRODUCED)
+        return self._oldest + np.flatnonzero(window["state"][start:size] <= _PRODUCED)
 
     def state_of(self, tickets: Tickets) -> NDArray[np.uint8]:
         """The `State` of each; those long gone count as trained. Raises `StaleHandleError` for those never admitted."""
+        tickets = as_array(tickets)
         if len(tickets) and (tickets.min() < 0 or tickets.max() >= self._window.end):
             raise StaleHandleError(f"tickets {_some(tickets)} were never admitted")
-        places = np.maximum(tickets - self._window.base, -1)
-        states: NDArray[np.uint8] = np.where(places < 0, State.TRAINED, self._window["state"][places]).astype(np.uint8)
+        here = np.maximum(tickets - self._window.base, -1)
+        states: NDArray[np.uint8] = np.where(here < 0, _TRAINED, self._window["state"][here]).astype(np.uint8)
         return states
 
     @property
@@ -486,27 +505,28 @@ class Ledger:
 
     def mark_redelivered(self, tickets: Tickets) -> None:
         """Nobody knows what the takers of these did: columns that they wrote stay, and may be written again."""
-        self._window["again"][tickets - self._window.base] = True
+        self._window["again"][places(tickets, self._window.base)] = True
 
     def is_redelivered(self, tickets: Tickets) -> NDArray[np.bool_]:
         """Whether each pending ticket was once leased to a consumer that was lost."""
-        again: NDArray[np.bool_] = self._window["again"][tickets - self._window.base].astype(np.bool_)
+        again: NDArray[np.bool_] = self._window["again"][places(tickets, self._window.base)].astype(np.bool_)
         return again
 
     def offered(self, task: str, tickets: Tickets) -> NDArray[np.uint8]:
         """The `Offer` of each pending ticket to a task."""
-        offers: NDArray[np.uint8] = self._window[f"offer {task}"][tickets - self._window.base].astype(np.uint8)
+        here = places(tickets, self._window.base)
+        offers: NDArray[np.uint8] = self._window[self._states[task].offers][here].astype(np.uint8)
         return offers
 
     def _extend(self, count: int) -> None:
         self._window.extend(count)
 
-    def _set_state(self, tickets: Tickets, state: State) -> None:
-        self._window["state"][tickets - self._window.base] = state
+    def _set_state(self, tickets: Tickets, state: int) -> None:
+        self._window["state"][places(tickets, self._window.base)] = state
 
     def _check_pending(self, tickets: Tickets) -> None:
         states = self.state_of(tickets)
-        if np.any(states > State.PRODUCED):
+        if (states > _PRODUCED).any():
             raise LedgerError(f"tickets {_some(tickets)} are not pending: trained or dropped already")
 
     def _mask(self, columns: Iterable[str]) -> int:
@@ -524,5 +544,5 @@ class Ledger:
 
 def _some(tickets: Tickets) -> str:
     """A few tickets, for a message."""
-    shown = ", ".join(map(str, tickets[:4].tolist()))
+    shown = ", ".join(map(str, as_array(tickets[:4]).tolist()))
     return f"{shown}, …" if len(tickets) > 4 else shown

@@ -24,11 +24,12 @@ from asyncflow.data.control import ControlPlane, ParkedReserve, ParkedTake, Take
 from asyncflow.data.directory import Extent
 from asyncflow.data.gate import Gate
 from asyncflow.data.layout import ColumnSpec, Draft, lay_out
-from asyncflow.data.ledger import Ledger, LedgerCounts, LedgerSnapshot, QueueTask, State, Tickets
+from asyncflow.data.ledger import Ledger, LedgerCounts, LedgerSnapshot, QueueTask, State
 from asyncflow.data.log import Log, NoLog
 from asyncflow.data.packing import pack
 from asyncflow.data.plane import Writer, read_columns
 from asyncflow.data.records import Checkpointed
+from asyncflow.data.tickets import TicketArray, Tickets, as_array
 
 AnswerT = TypeVar("AnswerT")
 
@@ -167,11 +168,13 @@ class LocalQueue:
         Waits for one group and no more; one that is longer comes alone, in several micro-batches.
         Groups dropped in the meantime are passed over.
         """
-        tickets = await self._take(lease, sys.maxsize, limit=lambda found: self._num_fitting(found, max_tokens))
+        tickets = await self._take(
+            lease, sys.maxsize, limit=lambda found: self._num_fitting(as_array(found), max_tokens)
+        )
         for batch in self._micro_batches(lease, tickets, max_tokens):
             yield batch
 
-    def _micro_batches(self, lease: Lease, tickets: Tickets, max_tokens: int) -> Iterator[MicroBatch]:
+    def _micro_batches(self, lease: Lease, tickets: TicketArray, max_tokens: int) -> Iterator[MicroBatch]:
         rows = self._rows_still_here(tickets)
         for chosen in pack(self._lengths(rows), max_tokens) if len(rows) else []:
             # The consumer was away since the take, and a stage may have dropped a group.
@@ -286,7 +289,7 @@ class LocalQueue:
         *,
         at_least: int = 1,
         limit: Callable[[Tickets], int] | None = None,
-    ) -> Tickets:
+    ) -> TicketArray:
         """Tickets of at least one group."""
         answer: asyncio.Future[Taken] = asyncio.get_running_loop().create_future()
         held = self.control.lease(self._session, lease.task, lease.number)
@@ -317,7 +320,7 @@ class LocalQueue:
             raise
         return np.unique(taken.rows.tickets)
 
-    def _rows_still_here(self, tickets: Tickets) -> Rows:
+    def _rows_still_here(self, tickets: TicketArray) -> Rows:
         """Rows of the groups that nobody dropped between the grant and our waking."""
         held = tickets[self.control.ledger.state_of(tickets) == State.PRODUCED]
         return self.control.rows_of(held)
@@ -333,7 +336,7 @@ class LocalQueue:
     def _lengths(self, rows: Rows) -> IntArray:
         return self._read(rows, (TOKEN_IDS,))[TOKEN_IDS].lengths
 
-    def _num_fitting(self, tickets: Tickets, max_tokens: int) -> int:
+    def _num_fitting(self, tickets: TicketArray, max_tokens: int) -> int:
         """How many of the groups have so many tokens together."""
         rows = self.control.rows_of(tickets)
         ends = np.searchsorted(rows.tickets, tickets, side="right")

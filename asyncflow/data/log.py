@@ -84,6 +84,9 @@ class LogMode(StrEnum):
 class Log(Protocol):
     """Where transitions go before they are acted upon. Used from the event loop's thread only."""
 
+    is_kept: bool
+    """Whether anything is kept at all."""
+
     def append(self, meta: bytes, payload: Sequence[Buffer] = ()) -> int:
         """The record's number: 1, 2, 3, … The buffers must not change until `when_written`."""
         ...
@@ -107,6 +110,8 @@ class Log(Protocol):
 
 class NoLog:
     """Mode `off`: nothing is kept, every action runs at once."""
+
+    is_kept = False
 
     def __init__(self) -> None:
         self._last = 0
@@ -133,6 +138,8 @@ class NoLog:
 
 class MemoryLog(NoLog):
     """Keeps meta and payload of every record in `records`, for simulation and tests."""
+
+    is_kept = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,6 +184,8 @@ class FileLog:
     The memory of records that wait to be written is the caller's: how many may wait is
     bounded by what the caller does until `when_written`.
     """
+
+    is_kept = True
 
     def __init__(
         self, end: SegmentWriter, *, mode: LogMode, group_commit_s: float, on_failure: Callable[[Exception], None]

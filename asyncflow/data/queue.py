@@ -344,7 +344,11 @@ class TransferQueue:
             raise QueueLostError(f"no transfer queue answers at {self.address}: {error}. Has it ended?") from error
         self._poll = select.poll()
         self._poll.register(self._socket, select.POLLIN)
-        welcome = self._ask(Hello(self._next(), PROTOCOL, self._name), Welcome)
+        try:
+            welcome = self._ask(Hello(self._next(), PROTOCOL, self._name), Welcome)
+        except BaseException:
+            self._socket.close()
+            raise
         self._generation = welcome.generation
         self._tasks = welcome.tasks
         self._trains = welcome.trains
@@ -426,12 +430,9 @@ class TransferQueue:
             while message.request not in self._replies:
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
-                    self._abandoned.add(message.request)
-                    self._ask(Cancel(self._next(), message.request), Done)
-                    self._abandoned.discard(message.request)
-                    if message.request not in self._replies:
+                    if self._ask(Cancel(self._next(), message.request), Done).value:
                         return None
-                    break
+                    break  # it was granted: the answer is there, or comes once it is on the disk
                 self._receive_or_ping(left)
         except KeyboardInterrupt:
             self._abandoned.add(message.request)

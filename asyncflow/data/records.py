@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from asyncflow.core.types import Rows
 from asyncflow.data.layout import ColumnSpec
+from asyncflow.data.tickets import Tickets, as_array
 
 
 class Record(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -177,9 +178,9 @@ _decoder = msgspec.msgpack.Decoder(AnyRecord)
 _encoder = msgspec.msgpack.Encoder()
 
 
-def ticket_bytes(tickets: NDArray[np.int64]) -> bytes:
+def ticket_bytes(tickets: Tickets) -> bytes:
     """Tickets, as they travel."""
-    return tickets.astype("<i8", copy=False).tobytes()
+    return as_array(tickets).astype("<i8", copy=False).tobytes()
 
 
 def read_tickets(data: bytes) -> NDArray[np.int64]:

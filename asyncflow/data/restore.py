@@ -16,9 +16,10 @@ from asyncflow.data.control import ControlPlane
 from asyncflow.data.gate import Gate
 from asyncflow.data.history import History, StoredBlock, StoredWrite, pending_blocks, read_history
 from asyncflow.data.layout import ALIGNMENT_BYTES
-from asyncflow.data.ledger import Ledger, QueueTask, State, Tickets
+from asyncflow.data.ledger import Ledger, QueueTask, State
 from asyncflow.data.log import Log, read_payload
 from asyncflow.data.plane import Writer
+from asyncflow.data.tickets import TicketArray
 
 NEVER_PRODUCED = "it was not finished when the run ended"
 TOO_OLD = "too old for the bound of the resumed run"
@@ -101,21 +102,23 @@ def _load(control: ControlPlane, history: History, blocks: Sequence[StoredBlock]
     for block in blocks:
         extent = writer.copy(read_payload(block.place))
         control.directory.add(block.first, block.count, block.group_size, extent, block.columns)
+        control.note_types(block.columns)
         tickets = np.arange(block.first, block.first + block.count)
         control.directory.free(tickets[~_is_held(ledger, tickets)])
     for write in writes.values():
         is_held = _is_held(ledger, write.rows.tickets)
         extent = writer.copy(read_payload(write.place))
         control.directory.add_late(write.rows[is_held], extent, write.columns, write.order[is_held])
+        control.note_types(write.columns)
     control.close_session(session)
 
 
-def _is_held(ledger: Ledger, tickets: Tickets) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+def _is_held(ledger: Ledger, tickets: TicketArray) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     is_held: np.ndarray[tuple[int], np.dtype[np.bool_]] = ledger.state_of(tickets) == State.PRODUCED
     return is_held
 
 
-def _too_old(control: ControlPlane, ledger: Ledger) -> Tickets:
+def _too_old(control: ControlPlane, ledger: Ledger) -> TicketArray:
     """Groups that a gate with a smaller bound would train too late: by the oldest version among their tokens."""
     gate, pending = ledger.gate, ledger.pending()
     if gate is None:

@@ -272,7 +272,8 @@ class Client:
             case Clear():
                 control.clear()
             case Cancel(_, other):
-                self._cancel(other)
+                self._done(request, int(self._cancel(other)))
+                return
             case Ping():
                 pass
             case _:
@@ -322,13 +323,18 @@ class Client:
         self._parked.pop(request, None)
         self._done(request, ticket)
 
-    def _cancel(self, other: int) -> None:
-        parked = self._parked.pop(other, None)
-        if parked is not None:
-            self._control.cancel(parked)
-            if isinstance(parked, ParkedTake) and not parked.lease.parts:
-                self._session.leases.pop(other, None)
-        self._rooms = [room for room in self._rooms if room != other]
+    def _cancel(self, other: int) -> bool:
+        """Whether it was still parked; if not, its answer was sent or is under way."""
+        if other in self._rooms:
+            self._rooms.remove(other)
+            return True
+        parked = self._parked.get(other)
+        if parked is None or not self._control.cancel(parked):
+            return False
+        del self._parked[other]
+        if isinstance(parked, ParkedTake):
+            self._session.leases.pop(other, None)
+        return True
 
     def _done(self, request: int, value: int = 0) -> None:
         freed, self._freed = tuple(self._freed), []
