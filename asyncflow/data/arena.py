@@ -67,8 +67,11 @@ class Arena:
             if not is_sealed:
                 raise QueueError("shared memory that may change its size is no arena")
             return cls(fd, number, is_owner=False)
-        except (OSError, ValueError) as error:
-            raise QueueError(f"this descriptor is no arena: {error}") from error
+        except BaseException as error:
+            os.close(fd)
+            if isinstance(error, OSError | ValueError):
+                raise QueueError(f"this descriptor is no arena: {error}") from error
+            raise
 
     def begin(self, extent: Extent) -> Bytes:
         """The memory of a new block, to be filled before `commit`. Raises `QueueFullError` without memory."""

@@ -202,6 +202,9 @@ class ControlPlane:
         Without a gate, tickets are given out here; with one, `ticket` was reserved before.
         """
         payload = self._payload(session, extent, columns)
+        rows = {spec.num_rows * group_size if spec.is_shared else spec.num_rows for spec in columns}
+        if min(count, group_size) < 1 or rows != {count * group_size}:
+            raise ColumnError(f"{count} groups of {group_size} rows were put with columns of {sorted(rows)} rows")
         if ticket is None:
             if self.ledger.gate is not None:
                 raise QueueError("this queue has a gate: reserve a ticket, then put its group")
@@ -588,10 +591,12 @@ class ControlPlane:
 
     # -- memory and log ----------------------------------------------------------------------
 
-    def _payload(self, session: Session, extent: Extent, columns: Iterable[ColumnSpec]) -> NDArray[np.uint8]:
+    def _payload(self, session: Session, extent: Extent, columns: Sequence[ColumnSpec]) -> NDArray[np.uint8]:
         """The bytes of a block that a session just wrote. Raises when they are not what it says."""
         if session.arena is None or extent.arena != session.arena.number:
             raise QueueError(f"{session.name} put a block that is not in its own arena")
+        if len({spec.name for spec in columns}) != len(columns) or not columns:
+            raise ColumnError("a block has at least one column, and each once")
         for spec in columns:
             check(spec, extent.num_bytes - HEADER_BYTES)
             known = self._types.get(spec.name, row_type(spec))

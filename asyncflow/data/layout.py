@@ -36,6 +36,8 @@ NONE = -1
 STRING = "str"
 BFLOAT16 = "bfloat16"
 MAX_DIMENSIONS = 8
+MAX_ROWS = 1 << 24
+"""Of one block."""
 
 CARRIERS: Mapping[str, np.dtype[np.generic]] = {
     **{
@@ -172,6 +174,7 @@ def check(spec: ColumnSpec, block_bytes: int) -> None:
     is_sane = (
         spec.dtype in CARRIERS
         and len(spec.shape) <= MAX_DIMENSIONS
+        and spec.num_rows <= MAX_ROWS
         and all(size >= 0 for size in spec.shape)
         and min(spec.num_rows, spec.num_values, spec.lengths_at, spec.values_at) >= 0
         and spec.values_at % ALIGNMENT_BYTES == spec.lengths_at % ALIGNMENT_BYTES == 0

@@ -15,12 +15,9 @@ all its tickets at once, so its cost depends on them and not on how many others 
 
 from __future__ import annotations
 
-import heapq
-from bisect import bisect_left, insort
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import IntEnum
+from bisect import insort
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,115 +25,17 @@ from numpy.typing import NDArray
 from asyncflow.core.errors import LeaseLostError, LedgerError, StaleHandleError
 from asyncflow.core.types import Ticket
 from asyncflow.data.gate import Gate
-from asyncflow.data.tickets import TicketArray, Tickets, as_array, join, places
+from asyncflow.data.ledger_types import LedgerCounts, LedgerSnapshot, Offer, QueueTask, State
+from asyncflow.data.ranks import ColumnBits, Ranks
+from asyncflow.data.task_line import TaskLine
+from asyncflow.data.tickets import TicketArray, Tickets, as_array, places
 from asyncflow.data.window import Window
 
-MAX_COLUMNS = 63
-
-
-class State(IntEnum):
-    """Where a ticket is."""
-
-    ADMITTED = 0
-    RETURNED = 1
-    """Its rollout was lost: it waits to be issued again."""
-    PRODUCED = 2
-    TRAINED = 3
-    DROPPED = 4
-
-
-class Offer(IntEnum):
-    """Where a ticket is for one task."""
-
-    INCOMPLETE = 0
-    READY = 1
-    LEASED = 2
-    DONE = 3
-
+__all__ = ["Ledger", "LedgerCounts", "LedgerSnapshot", "Offer", "QueueTask", "State"]
 
 # As plain numbers: an attribute of an enumeration costs as much as an array operation here.
 _ADMITTED, _RETURNED, _PRODUCED, _TRAINED, _DROPPED = map(int, State)
 _INCOMPLETE, _READY, _LEASED, _DONE = map(int, Offer)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QueueTask:
-    """A consumer of the queue: it is offered a group the moment all columns in `needs` exist.
-
-    The one task with `trains` ends a ticket with its acknowledgement, and is offered groups
-    by the gate's order; the others take them as they come. In a queue where no task trains,
-    a ticket ends when every task has acknowledged it.
-    """
-
-    name: str
-    needs: tuple[str, ...]
-    trains: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LedgerCounts:
-    """Tickets by what became of them."""
-
-    admitted: int
-    trained: int
-    dropped: Mapping[str, int]
-    pending: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LedgerSnapshot:
-    """What a checkpoint keeps: enough to issue unfinished tickets again and nothing twice.
-
-    `dropped_since` are the dropped tickets younger than the oldest pending one: ranks need them.
-    """
-
-    admitted: int
-    trained: int
-    dropped: Mapping[str, int]
-    pending: tuple[Ticket, ...]
-    dropped_since: tuple[Ticket, ...] = ()
-
-
-@dataclass(slots=True)
-class _TaskState:
-    """A task with the tickets it may be offered: by ticket where order matters, else as they came."""
-
-    task: QueueTask
-    mask: int
-    in_order: bool
-    offers: str = field(init=False)
-    heap: list[int] = field(default_factory=list)
-    line: deque[Tickets] = field(default_factory=deque)
-    num_ready: int = 0
-
-    def __post_init__(self) -> None:
-        self.offers = f"offer {self.task.name}"
-
-    def add(self, tickets: Tickets, *, first: bool = False) -> None:
-        self.num_ready += len(tickets)
-        if self.in_order:
-            for ticket in as_array(tickets).tolist():
-                heapq.heappush(self.heap, ticket)
-        elif first:
-            self.line.appendleft(tickets)
-        else:
-            self.line.append(tickets)
-
-    def add_range(self, tickets: range) -> None:
-        """The same for consecutive tickets; those put one by one become one range."""
-        last = self.line[-1] if self.line and not self.in_order else None
-        if isinstance(last, range) and last.stop == tickets.start:
-            self.num_ready += len(tickets)
-            self.line[-1] = range(last.start, tickets.stop)
-        else:
-            self.add(tickets)
-
-    def pop(self, wanted: int) -> Tickets:
-        """At least one of the next tickets, at most so many; some may have been dropped or taken meanwhile."""
-        tickets = self.line.popleft()
-        if len(tickets) > wanted:
-            self.line.appendleft(tickets[wanted:])
-        return tickets[:wanted]
 
 
 class Ledger:
@@ -152,11 +51,9 @@ class Ledger:
         self.tasks = {task.name: task for task in tasks}
         self.live_step: int | None = None
         self.train_step = 0
-        self._bits: dict[str, int] = {}
+        self._columns = ColumnBits()
         self._late: set[str] = set()
-        self._states = {
-            task.name: _TaskState(task, self._mask(task.needs), gate is not None and task.trains) for task in tasks
-        }
+        self._states = {one.name: TaskLine(one, self._columns.mask(one.needs), gate is not None) for one in tasks}
         self._training = next((task.name for task in tasks if task.trains), None)
         snapshot = snapshot or LedgerSnapshot(admitted=0, trained=0, dropped={}, pending=())
         self._dropped = Counter(dict(snapshot.dropped))
@@ -169,11 +66,10 @@ class Ledger:
             base=oldest,
         )
         self._returned: list[int] = []
-        self._line_dropped = sorted(snapshot.dropped_since)  # dropped tickets in the window, for ranks
-        self._num_dropped_before = self._dropped.total() - len(self._line_dropped)
+        self._ranks = Ranks(snapshot.dropped_since, num_before=self._dropped.total() - len(snapshot.dropped_since))
         self._oldest = int(oldest)  # no ticket before it is pending
         self._extend(snapshot.admitted - oldest)
-        self._set_state(np.array(self._line_dropped, np.int64), _DROPPED)
+        self._set_state(np.array(snapshot.dropped_since, np.int64), _DROPPED)
         if snapshot.pending:
             self._set_state(np.array(snapshot.pending, np.int64), _ADMITTED)
             self._returned = sorted(map(int, snapshot.pending))
@@ -192,7 +88,7 @@ class Ledger:
 
     def rank(self, ticket: int) -> int:
         """Groups admitted before this one and not dropped."""
-        return ticket - self._num_dropped_before - bisect_left(self._line_dropped, ticket)
+        return self._ranks.rank(ticket)
 
     def admit(self, count: int = 1) -> int:
         """The first of `count` consecutive tickets; a single one may be one whose rollout was lost."""
@@ -252,7 +148,7 @@ class Ledger:
 
     def produce(self, first: int, count: int, group_size: int, columns: Iterable[str]) -> None:
         """The groups of consecutive tickets exist, with these columns for all their rows."""
-        window, mask = self._window, self._mask(columns)
+        window, mask = self._window, self._columns.mask(columns)
         here, states = slice(first - window.base, first - window.base + count), window["state"]
         if first < window.base or first + count > window.end or (states[here] != _ADMITTED).any():
             raise LedgerError(f"tickets from {first} on were put twice, or put without being reserved")
@@ -267,7 +163,7 @@ class Ledger:
 
     def write(self, tickets: TicketArray, num_rows: NDArray[np.integer], column: str) -> None:
         """So many more rows of some groups, each named once, have a column."""
-        bit, window, here = np.uint64(self._mask((column,))), self._window, tickets - self._window.base
+        bit, window, here = np.uint64(self._columns.mask((column,))), self._window, tickets - self._window.base
         if column not in self._late:
             self._late.add(column)
             window.add(f"rows with {column}", np.int32, 0)
@@ -301,7 +197,7 @@ class Ledger:
         self._withdraw(tickets)
         self._set_state(tickets, _DROPPED)
         for ticket in as_array(tickets).tolist():
-            insort(self._line_dropped, ticket)
+            self._ranks.drop(ticket)
             if self._returned and ticket in self._returned:
                 self._returned.remove(ticket)
         self._dropped[reason] += len(tickets)
@@ -325,9 +221,11 @@ class Ledger:
     def take(self, task: str, max_groups: int) -> Tickets:
         """Lease the groups that a task may have now to it, at most so many, oldest first."""
         state = self._states[task]
-        taken = self._take_in_order(state, max_groups) if state.in_order else self._take_as_they_came(state, max_groups)
-        state.num_ready -= len(taken)
-        return taken
+        base, offers = self._window.base, self._window[state.offers]
+        if not state.in_order:
+            return state.take(offers, base, max_groups)
+        limit = self._rank_limit(offers)
+        return state.take_while(lambda ticket: self.rank(ticket) < limit, offers, base, max_groups)
 
     def lease(self, task: str, tickets: Tickets) -> None:
         """Lease these very groups to a task, as a log says it was."""
@@ -335,37 +233,6 @@ class Ledger:
         offers = self._window[state.offers]
         state.num_ready -= int(np.count_nonzero(offers[here] == _READY))
         offers[here] = _LEASED
-
-    def _take_as_they_came(self, state: _TaskState, max_groups: int) -> Tickets:
-        base, offers = self._window.base, self._window[state.offers]
-        wanted = min(max_groups, state.num_ready)
-        parts: list[Tickets] = []
-        while wanted:
-            tickets = state.pop(wanted)
-            if tickets[0] < base:  # dropped so long ago that they are forgotten
-                tickets = as_array(tickets)
-                tickets = tickets[tickets >= base]
-            here = places(tickets, base)
-            is_ready = offers[here] == _READY
-            if not is_ready.all():
-                tickets = as_array(tickets)[is_ready]
-                here = places(tickets, base)
-            offers[here] = _LEASED  # at once, for one issued again may stand in line twice
-            parts.append(tickets)
-            wanted -= len(tickets)
-        return join(parts)
-
-    def _take_in_order(self, state: _TaskState, max_groups: int) -> Tickets:
-        window = self._window
-        taken: list[int] = []
-        offers = window[state.offers]
-        limit = self._rank_limit(offers)
-        while state.heap and len(taken) < max_groups and self.rank(state.heap[0]) < limit:
-            ticket = heapq.heappop(state.heap)
-            if ticket >= window.base and offers[ticket - window.base] == _READY:
-                offers[ticket - window.base] = _LEASED
-                taken.append(ticket)
-        return np.array(taken, np.int64)
 
     def _rank_limit(self, offers: NDArray[np.int64]) -> int:
         """Groups of ranks below this may be trained now, by the gate's order."""
@@ -395,7 +262,7 @@ class Ledger:
         state, window = self._states[task], self._window
         offers, back = window[state.offers], as_array(tickets)
         back = back[back >= window.base]
-        back = back[offers[back - window.base] == _LEASED]
+        back = back[offers[back - window.base] == _LEASED].astype(np.int64, copy=False)
         offers[back - window.base] = _READY
         window["again"][back - window.base] |= is_lost
         if len(back):
@@ -405,8 +272,11 @@ class Ledger:
     def acknowledge(self, task: str, tickets: Tickets) -> tuple[Tickets, Tickets]:
         """A task is done with groups; those dropped meanwhile are passed over.
 
-        Returns the others, and those among them that nobody needs any more. Raises `LeaseLostError` unless all of the others are leased to the task.
+        Returns the others, and those among them that nobody needs any more. Raises `LeaseLostError`
+        unless all of the others are leased to the task.
         """
+        if len(tickets) == 0:
+            return tickets, tickets
         state, window = self._states[task], self._window
         offers, undone = window[state.offers], window["undone"]
         here = places(tickets, window.base)
@@ -425,7 +295,7 @@ class Ledger:
             self._forget()
         return tickets, free
 
-    def _still_leased(self, state: _TaskState, tickets: TicketArray) -> TicketArray:
+    def _still_leased(self, state: TaskLine, tickets: TicketArray) -> TicketArray:
         """Those that were not dropped. Raises `LeaseLostError` unless all of these are leased to the task."""
         window = self._window
         known = tickets[tickets >= window.base]  # what is leased is forgotten only when it was dropped
@@ -443,10 +313,7 @@ class Ledger:
             return
         self._oldest = self._first(lambda part: (states[part] <= _PRODUCED) | (undone[part] > 0))
         window.forget(self._oldest)
-        if self._line_dropped:
-            passed = bisect_left(self._line_dropped, window.base)
-            self._num_dropped_before += passed
-            del self._line_dropped[:passed]
+        self._ranks.forget(window.base)
 
     # -- accounting --------------------------------------------------------------------------
 
@@ -475,7 +342,7 @@ class Ledger:
             trained=self._trained,
             dropped=dict(self._dropped),
             pending=pending,
-            dropped_since=tuple(Ticket(ticket) for ticket in self._line_dropped if ticket > oldest),
+            dropped_since=self._ranks.dropped_after(oldest),
         )
 
     def pending(self) -> TicketArray:
@@ -528,18 +395,6 @@ class Ledger:
         states = self.state_of(tickets)
         if (states > _PRODUCED).any():
             raise LedgerError(f"tickets {_some(tickets)} are not pending: trained or dropped already")
-
-    def _mask(self, columns: Iterable[str]) -> int:
-        """The bits of columns; each name gets the next one."""
-        mask = 0
-        for name in columns:
-            bit = self._bits.get(name)
-            if bit is None:
-                if len(self._bits) == MAX_COLUMNS:
-                    raise LedgerError(f"a queue has at most {MAX_COLUMNS} columns; {name} would be one more")
-                bit = self._bits[name] = 1 << len(self._bits)
-            mask |= bit
-        return mask
 
 
 def _some(tickets: Tickets) -> str:
