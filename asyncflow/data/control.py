@@ -529,7 +529,7 @@ class ControlPlane:
 
     def _tell_settled(self) -> None:
         while self._settlers and self.ledger.is_settled():
-            self._settlers.pop()()
+            self.log.when_safe(self._lsn, self._settlers.pop())
 
     def _admit_parked(self) -> None:
         while self._reserves and self.ledger.may_admit():

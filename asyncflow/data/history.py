@@ -20,7 +20,7 @@ from asyncflow.core.types import MicroBatch, Ragged, Rows, Ticket
 from asyncflow.data import records
 from asyncflow.data.gate import Gate
 from asyncflow.data.layout import ColumnSpec, join, read, select
-from asyncflow.data.ledger import Ledger, LedgerSnapshot, QueueTask, State
+from asyncflow.data.ledger import Ledger, LedgerSnapshot, QueueTask
 from asyncflow.data.log import Place, read_log, read_payload
 from asyncflow.data.records import AnyRecord, read_rows, read_tickets
 from asyncflow.data.tickets import TicketArray as Tickets
@@ -284,7 +284,7 @@ def tasks_of(folder: Path) -> tuple[list[QueueTask], Mapping[str, int]]:
 
 
 def pending_blocks(history: History) -> list[StoredBlock]:
-    """The blocks in which some ticket is produced and not ended, in the order in which they were put."""
-    pending = history.ledger.pending()
-    held = pending[history.ledger.state_of(pending) == State.PRODUCED]
+    """The blocks of which some task still needs a ticket, in the order in which they were put."""
+    tickets = np.arange(history.ledger.oldest, history.ledger.num_admitted)
+    held = tickets[history.ledger.is_in_use(tickets)]
     return list(dict.fromkeys(history.blocks[ticket] for ticket in held.tolist()))

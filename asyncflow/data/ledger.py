@@ -370,6 +370,12 @@ class Ledger:
         """No ticket before this one is pending, or of use to any task."""
         return self._oldest
 
+    def is_in_use(self, tickets: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether some task still needs the rows of each: a stage may, of one that is trained."""
+        here = tickets - self._window.base
+        found: NDArray[np.bool_] = (here >= 0) & (self._window["undone"][np.maximum(here, 0)] > 0)
+        return found
+
     def mark_redelivered(self, tickets: Tickets) -> None:
         """Nobody knows what the takers of these did: columns that they wrote stay, and may be written again."""
         self._window["again"][places(tickets, self._window.base)] = True

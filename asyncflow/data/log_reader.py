@@ -172,15 +172,22 @@ def read_segment(path: Path, number: int) -> Iterator[LoggedRecord]:
     expected = read_first_lsn(path, number)
     offset = SEGMENT_HEADER_BYTES
     with path.open("rb") as file:
-        while (found := _read_record(file, path, number, offset)) is not None:
+        while True:
+            if (found := _read_record(file, path, number, offset)) is None:
+                proof = _find_proof(file, path, number, offset, expected)
+                if proof is None:
+                    return
+                # A writer may have been at this record when we read it, and have gone on since.
+                if (found := _read_record(file, path, number, offset)) is None:
+                    raise _damage(
+                        path, offset, f"record {expected} is damaged; it was on the disk, as record {proof} shows"
+                    )
             header, record = found
             if record.lsn != expected:
                 raise _damage(path, offset, f"record {expected} was expected, but there is record {record.lsn}")
             yield record
             offset += header.num_bytes
             expected += 1
-        if (proof := _find_proof(file, path, number, offset, expected)) is not None:
-            raise _damage(path, offset, f"record {expected} is damaged; it was on the disk, as record {proof} shows")
 
 
 def _read_header(file: BinaryIO, offset: int) -> tuple[RecordHeader, int] | None:

@@ -127,6 +127,10 @@ class BeginStep(Request, frozen=True):
     step: int
 
 
+class Settled(Request, frozen=True):
+    """Answered once no rollout is under way or may begin under the live weights, and the log says so."""
+
+
 class Finish(Request, frozen=True):
     """No more puts will come."""
 
@@ -151,7 +155,7 @@ class Ping(Request, frozen=True):
 
 AnyRequest: TypeAlias = (
     Hello | Attach | Reserve | Put | Write | Room | Take | Fetch | Acknowledge | Release | Drop | Dispatch | Advance
-    | BeginStep | Finish | Clear | Counts | Cancel | Ping
+    | BeginStep | Settled | Finish | Clear | Counts | Cancel | Ping
 )  # fmt: skip
 
 

@@ -71,6 +71,7 @@ from asyncflow.data.messages import (
     Release,
     Reserve,
     Room,
+    Settled,
     Take,
     Welcome,
     Write,
@@ -211,6 +212,10 @@ class TransferQueue:
     def begin_step(self, step: int) -> None:
         """The training task works at version `step` from now on."""
         self._ask(BeginStep(self._next(), step), Done)
+
+    def settled(self) -> None:
+        """Wait until no rollout is under way or may begin under the live weights, and all rows are whole and safe."""
+        self._ask_parked(Settled(self._next()), Done, None)
 
     def finish(self) -> None:
         """No more rows will come: consumers get what is left, then None."""
@@ -387,7 +392,11 @@ class TransferQueue:
         """Make this connection's arena, the first time it puts something."""
         arena = Arena.create(self._arena_bytes, 0)
         request = self._next()
-        socket.send_fds(self._socket, [frame(Attach(request))], [arena.fd])
+        try:
+            socket.send_fds(self._socket, [frame(Attach(request))], [arena.fd])
+        except OSError as error:
+            arena.close()
+            raise self._lost(error) from error
         arena.number = self._wait(request, Done).value
         self._arenas[arena.number] = arena
         self._writer = Writer(arena)

@@ -45,7 +45,7 @@ def restore(history: History, log: Log, *, restored_step: int = 0, wall_clock: s
     carried = None if history.opened else carry(ledger)
     control.note(opened(ledger, epoch, restored_step, wall_clock, carried))
     _load(control, history, blocks)
-    ledger.mark_redelivered(pending)
+    ledger.mark_redelivered(np.arange(ledger.oldest, ledger.num_admitted))
     unfinished = pending[ledger.state_of(pending) == State.ADMITTED]
     control.issue_again(unfinished, NEVER_PRODUCED)
     control.issue_again(_too_old(control, ledger), TOO_OLD)
@@ -104,18 +104,13 @@ def _load(control: ControlPlane, history: History, blocks: Sequence[StoredBlock]
         control.directory.add(block.first, block.count, block.group_size, extent, block.columns)
         control.note_types(block.columns)
         tickets = np.arange(block.first, block.first + block.count)
-        control.directory.free(tickets[~_is_held(ledger, tickets)])
+        control.directory.free(tickets[~ledger.is_in_use(tickets)])
     for write in writes.values():
-        is_held = _is_held(ledger, write.rows.tickets)
+        is_held = ledger.is_in_use(write.rows.tickets)
         extent = writer.copy(read_payload(write.place))
         control.directory.add_late(write.rows[is_held], extent, write.columns, write.order[is_held])
         control.note_types(write.columns)
     control.close_session(session)
-
-
-def _is_held(ledger: Ledger, tickets: TicketArray) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    is_held: np.ndarray[tuple[int], np.dtype[np.bool_]] = ledger.state_of(tickets) == State.PRODUCED
-    return is_held
 
 
 def _too_old(control: ControlPlane, ledger: Ledger) -> TicketArray:

@@ -49,6 +49,7 @@ from asyncflow.data.messages import (
     Release,
     Reserve,
     Room,
+    Settled,
     Take,
     Welcome,
     Write,
@@ -253,14 +254,23 @@ class Client:
         match message:
             case Hello(_, protocol, _):
                 self._greet(request, protocol)
-                return
             case Attach():
                 self._attach(request)
-                return
+            case Settled():
+                control.when_settled(lambda: self._done(request))
             case Counts():
                 counts = control.counts()
                 self._send(Accounts(request, counts.admitted, counts.trained, dict(counts.dropped), counts.pending))
-                return
+            case Cancel(_, other):
+                self._done(request, int(self._cancel(other)))
+            case _:
+                self._note(message)
+                self._done(request)
+
+    def _note(self, message: AnyRequest) -> None:
+        """What is answered as soon as it is done."""
+        control = self._control
+        match message:
             case Dispatch(_, ticket, prompt, num_tokens):
                 control.dispatch(ticket, prompt, num_tokens)
             case Advance(_, step, lineage, fingerprint):
@@ -271,14 +281,10 @@ class Client:
                 control.finish()
             case Clear():
                 control.clear()
-            case Cancel(_, other):
-                self._done(request, int(self._cancel(other)))
-                return
             case Ping():
                 pass
             case _:
                 raise QueueError(f"{type(message).__name__} is not understood here")
-        self._done(request)
 
     def _greet(self, request: int, protocol: int) -> None:
         if protocol != PROTOCOL:

@@ -106,9 +106,7 @@ async def _reinforce(config: RunConfig, setup: Setup[TensorT], queue: LocalQueue
         for message in health.check(record):
             tell_health(meter, message, step=report.version.step)
         if is_saved(config, report.version.step):
-            if config.deterministic:  # a group begun under the last weights would be rolled out again under these
-                await queue.settled()
-            await save(setup, queue)
+            await save_whole(config, setup, queue)
 
     loop = LoopConfig(
         steps=config.steps,
@@ -176,6 +174,13 @@ async def save_last(config: RunConfig, setup: Setup[TensorT], queue: LocalQueue)
     is_whole = queue.counts().trained == step * config.groups_per_step
     if step > 0 and is_whole and not is_saved(config, step):
         await save(setup, queue)
+
+
+async def save_whole(config: RunConfig, setup: Setup[TensorT], queue: LocalQueue) -> None:
+    """Keep a checkpoint; in a deterministic run, once no group is left that newer weights would roll out again."""
+    if config.deterministic:
+        await queue.settled()
+    await save(setup, queue)
 
 
 async def save(setup: Setup[TensorT], queue: LocalQueue) -> None:
