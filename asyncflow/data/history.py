@@ -100,7 +100,7 @@ class History:
             column = read(spec, payloads[block.place])
             found.append((select(column, places // block.group_size if spec.is_shared else places), at))
         found += self._late(rows, late, name, payloads)
-        order = np.concatenate([at for _, at in found])
+        order = np.concatenate([np.empty(0, np.intp), *(at for _, at in found)])
         missing = np.setdiff1d(np.arange(len(rows)), order)
         if len(missing):
             odd = rows[missing[:1]]

@@ -15,12 +15,14 @@ from asyncflow.core.columns import ADVANTAGE, LOGPROBS, LOSS_MASK, REF_LOGPROBS,
 from asyncflow.core.config import RunConfig
 from asyncflow.core.types import Group, Prompt
 from asyncflow.core.world import MemoryDisk, World
-from asyncflow.data.ledger import LedgerCounts, LedgerSnapshot
+from asyncflow.data.history import History
+from asyncflow.data.ledger import Ledger, LedgerCounts, LedgerSnapshot
+from asyncflow.data.log import Log, NoLog
 from asyncflow.engines.scripted import CountTokens, Script, ScriptedRenderer, ScriptedRollout, ScriptedTrainer
 from asyncflow.plan.virtual import run_virtually
 from asyncflow.rollout.chat import Agent, Chat
 from asyncflow.workflow.meter import Meter, common_spans, join_spans, total_s
-from asyncflow.workflow.reinforce import Setup, reinforce
+from asyncflow.workflow.reinforce import Setup, make_gate, make_tasks, reinforce
 
 COLUMNS = (TOKEN_IDS, LOSS_MASK, LOGPROBS, VERSIONS, ADVANTAGE)
 NUM_PROMPTS = 1000
@@ -75,17 +77,18 @@ def simulate(
     seed: int | None = None,
     snapshot: LedgerSnapshot | None = None,
     interrupt_at_s: float | None = None,
+    log: Log | None = None,
 ) -> Simulation:
     """Run `config` with engines that follow `script`; `seed` draws the order of simultaneous events.
 
     Where `kl_coef` is above 0, a reference policy scores the samples. With a `snapshot` of an
-    earlier run, goes on where that one stopped. Raises whatever the run raises, `DeadlockError`
+    earlier run, goes on where that one stopped. A `log` is told everything. Raises whatever the run raises, `DeadlockError`
     instead of hanging, and `TimeoutError` when it was interrupted.
     """
 
     async def main() -> Simulation:
         async with asyncio.timeout(interrupt_at_s):
-            return await _run(config, script, agent or answer_once, snapshot)
+            return await _run(config, script, agent or answer_once, snapshot, log)
 
     return run_virtually(main(), seed=seed)
 
@@ -95,7 +98,9 @@ async def answer_once(prompt: Prompt, chat: Chat) -> float:
     return float((await chat.respond(prompt.text)).endswith(("1", "3", "5", "7", "9")))
 
 
-async def _run(config: RunConfig, script: Script, agent: Agent, snapshot: LedgerSnapshot | None) -> Simulation:
+async def _run(
+    config: RunConfig, script: Script, agent: Agent, snapshot: LedgerSnapshot | None, log: Log | None
+) -> Simulation:
     world = World(seed=config.seed, disk=MemoryDisk(), is_real=False)
     recorder = _Recorder()
     meter = Meter(recorder)
@@ -123,6 +128,8 @@ async def _run(config: RunConfig, script: Script, agent: Agent, snapshot: Ledger
         held_out=prompts[:NUM_HELD_OUT],
         meter=meter,
         save=save,
+        log=log or NoLog(),
+        history=History(ledger=Ledger(make_tasks(config, columns), make_gate(config), snapshot)) if log else None,
     )
     counts = await reinforce(config, setup, snapshot)
     elapsed_s = max(1e-9, world.now_s())  # a run that was at its end already may take no time at all
