@@ -133,10 +133,11 @@ class Ledger:
 
     def is_settled(self) -> bool:
         """Whether no rollout is under way or may begin under the live weights: every group's rows are whole."""
-        if self.live_step is None:
-            return True
-        training = self._training or ""
-        return not self.may_admit() and bool((self.offered(training, self.pending()) >= _READY).all())
+        if self.live_step is None or self.may_admit():
+            return self.live_step is None
+        pending = self.pending()  # what may not be issued again yet waits for newer weights, and nobody for it
+        begun = pending[self._window["state"][pending - self._window.base] != State.RETURNED]
+        return bool((self.offered(self._training or "", begun) >= _READY).all())
 
     def advance(self, live_step: int) -> None:
         """The rollout engines serve the weights of `live_step` from now on."""
