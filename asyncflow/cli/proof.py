@@ -118,7 +118,11 @@ def show_replay(replay: Replay, *, as_json: bool) -> None:
         return
     rows, tokens = sum(len(batch.rows) for batch in replay.batches), sum(batch.num_tokens for batch in replay.batches)
     head = f"step {replay.step} of {replay.run}: {replay.num_groups:,} groups"
-    _say(f"{head}, {len(replay.batches)} micro-batches, {rows:,} rows, {tokens:,} tokens" if replay.batches else head)
+    _say(
+        f"{head}, {_counted(len(replay.batches), 'micro-batch')}, {rows:,} rows, {tokens:,} tokens"
+        if replay.batches
+        else head
+    )
     for number, batch in enumerate(replay.batches, 1):
         threads = f", {batch.threads} thread{'s' * (batch.threads > 1)}" if batch.threads else ""
         _say(
@@ -140,6 +144,10 @@ def show_replay(replay: Replay, *, as_json: bool) -> None:
     for note in replay.notes:
         _say(Text.assemble(("  · ", "dim"), harmless(note)))
     _say(_verdict(replay))
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'es' * (number != 1)}"
 
 
 def _verdict(replay: Replay) -> Text:
@@ -198,6 +206,8 @@ def _selection(selection: Selection) -> Iterator[str]:
         yield f"  dropped ({harmless(one.reason)}) {one.count:,}{purpose}; {facts}, mean reward {_mean(one.reward)}"
     if selection.dropped:
         yield f"  trained against dropped, Mann-Whitney: {_tests(selection.measures)}"
+        if any(one.on_purpose for one in selection.dropped):
+            yield "  groups without signal are all wrong or all right: dropping them selects by difficulty"
 
 
 def _called(name: str) -> str:

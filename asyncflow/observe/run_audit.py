@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 
-from asyncflow.core.errors import LogDamagedError, RunFolderError
+from asyncflow.core.errors import RunFolderError
 from asyncflow.core.world import World
 from asyncflow.data.audit import LogAudit, audit_log
 from asyncflow.data.audited import Violation
@@ -67,10 +67,7 @@ def audit_run(folder: Path, tell: Callable[[int], None] | None = None) -> RunAud
     """
     log_bytes(folder)
     checkpoints = list_checkpoints(folder / "checkpoints")
-    try:
-        log = audit_log(folder / LEDGER, tell)
-    except LogDamagedError:  # a live run may have finished the record that was half written when we came to it
-        log = audit_log(folder / LEDGER)
+    log = audit_log(folder / LEDGER, tell)
     verified = []
     for checkpoint in checkpoints:
         faults = _checkpoint_faults(log, checkpoint)

@@ -82,8 +82,8 @@ def simulate(
     """Run `config` with engines that follow `script`; `seed` draws the order of simultaneous events.
 
     Where `kl_coef` is above 0, a reference policy scores the samples. With a `snapshot` of an
-    earlier run, goes on where that one stopped. A `log` is told everything. Raises whatever the run raises, `DeadlockError`
-    instead of hanging, and `TimeoutError` when it was interrupted.
+    earlier run, goes on where that one stopped. A `log` is told everything. Raises whatever the run
+    raises, `DeadlockError` instead of hanging, and `TimeoutError` when it was interrupted.
     """
 
     async def main() -> Simulation:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from asyncflow.cli.main import main
 from asyncflow.cli.proof import show_replay
+from asyncflow.core.types import Ticket
 from asyncflow.core.world import World
 from asyncflow.data import records
 from asyncflow.data.ledger import LedgerSnapshot
@@ -121,13 +124,10 @@ def test_no_log_exits_with_1_and_no_run_word_with_2(capsys: Out) -> None:
         ({"dropped": {"magic": 3}}, "counts dropped groups as {'magic': 3}, the log as"),
     ],
 )
-def test_a_checkpoint_whose_ledger_differs_is_a_violation(
-    capsys: Out, change: dict[str, object], expected: str
-) -> None:
+def test_a_checkpoint_whose_ledger_differs_is_a_violation(capsys: Out, change: dict[str, Any], expected: str) -> None:
     entries, result = simulated()
     run = make_run(entries)
-    fields = {name: getattr(result.snapshots[1], name) for name in LedgerSnapshot.__dataclass_fields__}
-    keep(run, 4, LedgerSnapshot(**{**fields, **change}))  # type: ignore[arg-type]
+    keep(run, 4, dataclasses.replace(result.snapshots[1], **change))
     assert main(["audit", "one"]) == 3
     assert expected in capsys.readouterr().out
 
@@ -144,6 +144,24 @@ def test_a_checkpoint_of_another_moment_or_with_other_bytes_is_a_violation(capsy
     assert "no checkpoint verified" in out
     assert "2 bytes" not in out
     assert "ledger.json: has" in out
+
+
+def test_a_checkpoint_with_accounts_that_never_were_at_once_is_a_violation(capsys: Out) -> None:
+    """At step 2, with tickets that were admitted, and dropped, after step 3."""
+    entries, result = simulated()
+    run = make_run(entries)
+    early, late = result.snapshots[0], result.snapshots[2]
+    records_of_drops = [record for record, _ in entries if isinstance(record, records.Dropped)]
+    gone = {ticket for record in records_of_drops for ticket in records.read_tickets(record.tickets).tolist()}
+    pending = (
+        *early.pending,
+        *(Ticket(ticket) for ticket in range(early.admitted, late.admitted) if ticket not in gone),
+    )
+    keep(run, 2, dataclasses.replace(late, trained=early.trained, pending=pending))
+    assert main(["audit", "one"]) == 3
+    out = capsys.readouterr().out
+    assert f"at no moment of step 2 were {late.admitted} groups admitted and {len(gone)} dropped in the log" in out
+    assert "1 violation" in out
 
 
 def test_metrics_that_say_something_else_are_a_violation(capsys: Out) -> None:
@@ -194,7 +212,7 @@ def test_what_a_replay_found_is_said(capsys: Out) -> None:
     result.compare("loss", "equal", "0.5")
     show_replay(result, as_json=False)
     out = capsys.readouterr().out
-    assert "step 3 of one: 2 groups, 1 micro-batches, 5 rows, 40 tokens" in out
+    assert "step 3 of one: 2 groups, 1 micro-batch, 5 rows, 40 tokens" in out
     assert "rows    4.0-2 7.2,0" in out
     assert "token_ids abababababab" in out
     assert "OK: all that could be compared is equal" in out

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from asyncflow.core.config import AlgorithmConfig, CheckpointConfig, RolloutConfig, RunConfig, SamplingConfig
 from asyncflow.data import records
@@ -44,9 +46,12 @@ def simulated(
 
 def audited(entries: Sequence[Entry], *, compacted: bool = False) -> LogAudit:
     """The audit of these records."""
+
+    def read(payload: bytes) -> NDArray[np.uint8] | None:
+        return None if compacted else np.frombuffer(payload, np.uint8)
+
     return audit_records(
-        (lsn, records.encode(record), lambda payload=payload: None if compacted else np.frombuffer(payload, np.uint8))
-        for lsn, (record, payload) in enumerate(entries, 1)
+        (lsn, records.encode(record), partial(read, payload)) for lsn, (record, payload) in enumerate(entries, 1)
     )
 
 

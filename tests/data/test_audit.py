@@ -30,11 +30,11 @@ def of_kind(entries: list[Entry], kind: type[RecordT]) -> Iterator[tuple[int, Re
     return ((place, record) for place, (record, _) in enumerate(entries) if isinstance(record, kind))
 
 
-def change(entries: list[Entry], kind: type[RecordT], number: int, **values: object) -> RecordT:
-    """Replace fields of the record of this kind and number; what it was."""
-    place, record = list(of_kind(entries, kind))[number]
-    entries[place] = (msgspec.structs.replace(record, **values), entries[place][1])  # type: ignore[type-var]
-    return record
+def change(entries: list[Entry], kind: type[records.AnyRecord], number: int, **values: object) -> None:
+    """Replace fields of the record of this kind and number."""
+    places = [place for place, (record, _) in enumerate(entries) if isinstance(record, kind)]
+    record, payload = entries[places[number]]
+    entries[places[number]] = (msgspec.structs.replace(record, **values), payload)
 
 
 def trained(entries: list[Entry], number: int) -> records.Trained:
@@ -205,6 +205,14 @@ def produce_for_an_older_epoch(entries: list[Entry]) -> None:
     entries.insert(place, (msgspec.structs.replace(opened, epoch=2), b""))
 
 
+def admit_before_live(entries: list[Entry]) -> None:
+    """A process took the log over and admits under the weights that were live before."""
+    opened = entries[0][0]
+    assert isinstance(opened, records.Opened)
+    place = list(of_kind(entries, records.Admitted))[-1][0]
+    entries.insert(place, (msgspec.structs.replace(opened, epoch=2), b""))
+
+
 def lose_a_ticket(entries: list[Entry]) -> None:
     """A new process issues tickets and says nothing about one that the old process had not finished."""
     place = list(of_kind(entries, records.Admitted))[-1][0]
@@ -267,6 +275,7 @@ FORGERIES: list[tuple[Forge, str]] = [
     (open_again_in_an_older_epoch, "epoch 1 follows epoch 1: an older process wrote on"),
     (go_on_from_the_future, "the run went on from step 7, but the log ends at step 3"),
     (produce_for_an_older_epoch, r"the rows of ticket \d+ came late: it was not admitted in this epoch"),
+    (admit_before_live, r"ticket \d+ was admitted under version \d, but live was none"),
     (lose_a_ticket, r"ticket \d+ is lost"),
     (put_twice, r"the rows of ticket \d+ came late: it was produced already"),
     (write_twice, r"column advantage of row 0 of ticket \d+ was written twice"),

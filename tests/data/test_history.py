@@ -61,6 +61,26 @@ def test_a_column_is_as_it_was_put_in_any_order_of_rows(tmp_path: Path, name: st
             assert len(batch.columns[name].lengths) == len(batch.rows)
 
 
+def test_a_column_of_a_group_may_come_in_several_writes(tmp_path: Path) -> None:
+    entries, _ = simulated()
+    wanted = expected(entries, "advantage")
+    place = next(at for at, (record, _) in enumerate(entries) if isinstance(record, records.Written))
+    record, payload = entries[place]
+    assert isinstance(record, records.Written)
+    rows = read_rows(record.rows)
+    halves = []
+    for places in (np.arange(0, len(rows), 2), np.arange(1, len(rows), 2)[::-1]):
+        named = records.row_bytes(rows[places])
+        halves.append(
+            (records.Written(rows=named, places=places.astype("<i4").tobytes(), columns=record.columns), payload)
+        )
+    entries[place : place + 1] = halves
+    values = opened(write(tmp_path / "ledger", entries)).column(rows, "advantage").rows()
+    pairs = zip(rows.tickets.tolist(), rows.indices.tolist(), strict=True)
+    assert [value.tobytes() for value in values] == [wanted[pair] for pair in pairs]
+    assert len({value.tobytes() for value in values}) > 1
+
+
 def test_each_payload_of_a_step_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entries, _ = simulated()
     history = opened(write(tmp_path / "ledger", entries))
