@@ -37,7 +37,7 @@ class Producer:
 
     def put(self, rows: Rows) -> None:
         """One put, whatever its size."""
-        self._queue.put(rows, wait=False)
+        self._queue.put_soon(rows)
 
     def flush(self) -> None:
         """Wait for those under way."""

@@ -92,10 +92,6 @@ class Directory:
         """Blocks in use."""
         return len(self._blocks)
 
-    def uses(self, arena: int) -> bool:
-        """Whether a block of this arena is in use."""
-        return any(block.extent.arena == arena for block in self._blocks.values())
-
     # -- what comes ---------------------------------------------------------------------------
 
     def add(self, first: int, count: int, group_size: int, extent: Extent, columns: tuple[ColumnSpec, ...]) -> None:
@@ -146,6 +142,16 @@ class Directory:
         return written
 
     # -- where it is --------------------------------------------------------------------------
+
+    def rows_of(self, tickets: Tickets, generation: int) -> Rows:
+        """All rows of these groups, in order. Raises `StaleHandleError` when some are not here."""
+        size = self.common_size(tickets)
+        tickets = as_array(tickets)
+        if size:
+            return Rows.of_groups(tickets, size, generation)
+        sizes = self.group_sizes(tickets)
+        within = np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        return Rows(np.repeat(tickets, sizes), within.astype(np.int32), generation)
 
     def common_size(self, tickets: Tickets) -> int:
         """Rows of each of these groups; 0 where they differ, or are not here."""

@@ -261,9 +261,9 @@ class Ledger:
         `is_lost`: nobody knows what their taker did; columns that it wrote stay, and may be written again.
         """
         state, window = self._states[task], self._window
-        offers, back = window[state.offers], as_array(tickets)
-        back = back[back >= window.base]
-        back = back[offers[back - window.base] == _LEASED].astype(np.int64, copy=False)
+        offers, held = window[state.offers], as_array(tickets)
+        held = held[held >= window.base]
+        back: TicketArray = held[offers[held - window.base] == _LEASED]
         offers[back - window.base] = _READY
         window["again"][back - window.base] |= is_lost
         if len(back):

@@ -20,7 +20,7 @@ from asyncflow.core.columns import TOKEN_IDS
 from asyncflow.core.errors import QueueFullError
 from asyncflow.core.types import IntArray, MicroBatch, PolicyVersion, Ragged, Rows, Ticket
 from asyncflow.data.arena import Arena
-from asyncflow.data.control import ControlPlane, ParkedReserve, ParkedTake, Taken
+from asyncflow.data.control import ControlPlane
 from asyncflow.data.directory import Extent
 from asyncflow.data.gate import Gate
 from asyncflow.data.layout import ColumnSpec, Draft, lay_out
@@ -29,6 +29,7 @@ from asyncflow.data.log import Log, NoLog
 from asyncflow.data.packing import pack
 from asyncflow.data.plane import Writer, read_columns
 from asyncflow.data.records import Checkpointed
+from asyncflow.data.sessions import ParkedReserve, ParkedTake, Taken
 from asyncflow.data.tickets import TicketArray, Tickets, as_array
 
 AnswerT = TypeVar("AnswerT")
@@ -63,7 +64,7 @@ class LocalQueue:
         first = min(snapshot.pending, default=Ticket(snapshot.admitted)) if snapshot else Ticket(0)
         self.control = control or ControlPlane(Ledger(tasks, gate, snapshot), log or NoLog(), first_ticket=first)
         self._session = self.control.open_session("this process", self._free)
-        arena = self.control.attach(self._session, lambda number: Arena.create(memory_bytes, number))
+        arena = self.control.memory.attach(self._session, lambda number: Arena.create(memory_bytes, number))
         self._writer = Writer(arena)
         self._rooms: deque[asyncio.Future[None]] = deque()
         self._num_leases = 0
@@ -134,7 +135,7 @@ class LocalQueue:
     def lease(self, task: str) -> Lease:
         """Open a lease for one consumer of a task."""
         self._num_leases += 1
-        self.control.lease(self._session, task, self._num_leases)
+        self.control.leases.open(self._session, task, self._num_leases)
         return Lease(task=task, number=self._num_leases)
 
     async def take(self, lease: Lease, *, max_groups: int) -> MicroBatch:
@@ -214,7 +215,7 @@ class LocalQueue:
             threads=threads,
         )
         lease.batches = []
-        self.control.lease(self._session, lease.task, lease.number)
+        self.control.leases.open(self._session, lease.task, lease.number)
         await done
 
     def begin_step(self, step: int) -> None:
@@ -225,7 +226,7 @@ class LocalQueue:
         """The consumer gives back all it took: it is offered again."""
         self.control.release(self._session, lease.number)
         lease.batches = []
-        self.control.lease(self._session, lease.task, lease.number)
+        self.control.leases.open(self._session, lease.task, lease.number)
 
     # -- looking in --------------------------------------------------------------------------
 
@@ -250,7 +251,7 @@ class LocalQueue:
 
     async def flush(self) -> None:
         """Wait until all that has happened is on the disk."""
-        await self.control.log.flush()
+        await self.control.journal.log.flush()
 
     def close(self) -> None:
         """Give the memory back. May be called twice."""
@@ -292,7 +293,7 @@ class LocalQueue:
     ) -> TicketArray:
         """Tickets of at least one group."""
         answer: asyncio.Future[Taken] = asyncio.get_running_loop().create_future()
-        held = self.control.lease(self._session, lease.task, lease.number)
+        held = self.control.leases.open(self._session, lease.task, lease.number)
         parked: ParkedTake | None = None
 
         def hand_over(taken: Taken) -> None:
@@ -302,7 +303,7 @@ class LocalQueue:
                 answer.set_result(taken)
 
         try:
-            parked = self.control.take(
+            parked = self.control.leases.take(
                 self._session,
                 held,
                 hand_over,
@@ -331,7 +332,7 @@ class LocalQueue:
         return MicroBatch(rows=rows, columns=self._read(rows, names))
 
     def _read(self, rows: Rows, names: Sequence[str]) -> dict[str, Ragged]:
-        return read_columns(self.control.locate(rows, names), names, self.control.arena)
+        return read_columns(self.control.locate(rows, names), names, self.control.memory.arena)
 
     def _lengths(self, rows: Rows) -> IntArray:
         return self._read(rows, (TOKEN_IDS,))[TOKEN_IDS].lengths

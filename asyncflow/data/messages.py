@@ -68,11 +68,15 @@ class Room(Request, frozen=True):
 
 
 class Take(Request, frozen=True):
-    """Groups for a task, as soon as `at_least` are ready. The lease has the request's number."""
+    """Groups for a task, as soon as `at_least` are ready. The lease has the request's number.
+
+    It runs out after `lease_s` seconds; 0: it lasts as long as the connection.
+    """
 
     task: str
     max_groups: int
     at_least: int
+    lease_s: float = 0.0
 
 
 class Fetch(Request, frozen=True):

@@ -97,19 +97,19 @@ def _load(control: ControlPlane, history: History, blocks: Sequence[StoredBlock]
         return
     total = sum(-(-place.length // ALIGNMENT_BYTES) * ALIGNMENT_BYTES + HEADER_BYTES for place in places)
     session = control.open_session("the log", lambda extent: None)
-    arena = control.attach(session, lambda number: Arena.create(max(FIRST_BYTES, total), number))
+    arena = control.memory.attach(session, lambda number: Arena.create(max(FIRST_BYTES, total), number))
     writer = Writer(arena)
     for block in blocks:
         extent = writer.copy(read_payload(block.place))
         control.directory.add(block.first, block.count, block.group_size, extent, block.columns)
-        control.note_types(block.columns)
+        control.memory.keep(extent, block.columns)
         tickets = np.arange(block.first, block.first + block.count)
         control.directory.free(tickets[~ledger.is_in_use(tickets)])
     for write in writes.values():
         is_held = ledger.is_in_use(write.rows.tickets)
         extent = writer.copy(read_payload(write.place))
         control.directory.add_late(write.rows[is_held], extent, write.columns, write.order[is_held])
-        control.note_types(write.columns)
+        control.memory.keep(extent, write.columns)
     control.close_session(session)
 
 

@@ -20,8 +20,9 @@ from collections.abc import Callable, Sequence
 from asyncflow.core.errors import AsyncFlowError, LedgerError, QueueError, QueueLostError
 from asyncflow.core.types import PolicyVersion, Ticket
 from asyncflow.data.arena import Arena
-from asyncflow.data.control import ControlPlane, ParkedReserve, ParkedTake, Taken
+from asyncflow.data.control import ControlPlane
 from asyncflow.data.directory import Extent, Source
+from asyncflow.data.leases import EXPIRED
 from asyncflow.data.messages import (
     PROTOCOL,
     Accounts,
@@ -57,6 +58,7 @@ from asyncflow.data.messages import (
     request_decoder,
 )
 from asyncflow.data.records import read_rows, read_tickets
+from asyncflow.data.sessions import ParkedReserve, ParkedTake, Taken
 
 RECEIVE_BYTES = 1 << 18
 MAX_OUTBOX_BYTES = 1 << 26
@@ -195,7 +197,7 @@ class Client:
             if self._outbox:
                 raise QueueError("the client does not read its answers")
             self._known_arenas.add(number)
-            socket.send_fds(self._socket, [frame(ArenaIs(0, number))], [self._control.arena(number).fd])
+            socket.send_fds(self._socket, [frame(ArenaIs(0, number))], [self._control.memory.arena(number).fd])
 
     # -- messages ----------------------------------------------------------------------------
 
@@ -297,20 +299,21 @@ class Client:
         if not self._fds:
             raise QueueError("an arena was announced and did not come")
         fd = self._fds.pop(0)
-        arena = self._control.attach(self._session, lambda number: Arena.attach(fd, number))
+        arena = self._control.memory.attach(self._session, lambda number: Arena.attach(fd, number))
         self._known_arenas.add(arena.number)
         self._done(request, arena.number)
 
     def _take(self, message: Take, task: str, max_groups: int, at_least: int) -> None:
         request = message.request
-        lease = self._control.lease(self._session, task, request)
-        parked = self._control.take(
-            self._session, lease, lambda taken: self._given(request, taken), max_groups=max_groups, at_least=at_least
+        lease = self._control.leases.open(self._session, task, request)
+        parked = self._control.leases.take(
+            self._session, lease, lambda taken: self._given(message, taken), max_groups=max_groups, at_least=at_least
         )
         if parked is not None:
             self._parked[request] = parked
 
-    def _given(self, request: int, taken: Taken) -> None:
+    def _given(self, message: Take, taken: Taken) -> None:
+        request = message.request
         self._parked.pop(request, None)
         if not self._is_open:
             return
@@ -324,6 +327,13 @@ class Client:
         self._send(Given(request, rows.tickets.tobytes(), indices, taken.sources))
         if not len(rows):
             self._session.leases.pop(request, None)
+        elif message.lease_s > 0:
+            self._loop.call_later(message.lease_s, self._expire, request)
+
+    def _expire(self, lease: int) -> None:
+        """Its time is up: unless it is over already, others are offered what it holds."""
+        if self._is_open and lease in self._session.leases:
+            self._control.release(self._session, lease, EXPIRED)
 
     def _granted(self, request: int, ticket: Ticket) -> None:
         self._parked.pop(request, None)
