@@ -26,7 +26,7 @@ from asyncflow.data.gate import Gate
 from asyncflow.data.layout import ColumnSpec, Draft, lay_out
 from asyncflow.data.ledger import Ledger, LedgerCounts, LedgerSnapshot, QueueTask, State
 from asyncflow.data.log import Log, NoLog
-from asyncflow.data.packing import pack
+from asyncflow.data.packing import assign, pack
 from asyncflow.data.plane import Writer, read_columns
 from asyncflow.data.records import Checkpointed
 from asyncflow.data.sessions import ParkedReserve, ParkedTake, Taken
@@ -162,6 +162,23 @@ class LocalQueue:
             groups -= len(tickets)
             for batch in self._micro_batches(lease, tickets, max_tokens):
                 yield batch
+
+    async def stream_ranks(
+        self, lease: Lease, *, groups: int, max_tokens: int, num_ranks: int
+    ) -> AsyncIterator[tuple[Rows, ...]]:
+        """The same for data-parallel ranks: each time one handle for every rank, of about as many tokens, some empty.
+
+        Each rank fetches its own columns, through a connection of its own (`TransferQueue.fetch`).
+        """
+        while groups:
+            tickets = await self._take(lease, groups)
+            groups -= len(tickets)
+            rows = self._rows_still_here(tickets)
+            ranks = assign(self._lengths(rows), max_tokens, num_ranks) if len(rows) else []
+            for chosen in zip(*ranks, strict=True):
+                handles = tuple(rows[numbers] for numbers in chosen)
+                lease.batches += [handle for handle in handles if len(handle)]
+                yield handles
 
     async def stream_ready(self, lease: Lease, *, max_tokens: int) -> AsyncIterator[MicroBatch]:
         """The oldest complete groups, as many as have `max_tokens` tokens together, in micro-batches of so many.

@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 from asyncflow.core.errors import AsyncFlowError, QueueError, QueueFullError, QueueLostError
 from asyncflow.core.types import Ragged, Rows, Ticket
 from asyncflow.core.world import World
+from asyncflow.data import messages
 from asyncflow.data.arena import Arena
 from asyncflow.data.batch import Batch
 from asyncflow.data.connection import Connection
@@ -43,28 +44,6 @@ from asyncflow.data.gate import Gate
 from asyncflow.data.layout import ColumnLike, ColumnSpec, Draft, lay_out
 from asyncflow.data.ledger import LedgerCounts
 from asyncflow.data.log import LogMode
-from asyncflow.data.messages import (
-    Accounts,
-    Acknowledge,
-    Advance,
-    AnyRequest,
-    BeginStep,
-    Clear,
-    Counts,
-    Dispatch,
-    Done,
-    Drop,
-    Fetch,
-    Finish,
-    Given,
-    Put,
-    Release,
-    Reserve,
-    Room,
-    Settled,
-    Take,
-    Write,
-)
 from asyncflow.data.plane import Writer, read_columns
 from asyncflow.data.records import row_bytes, ticket_bytes
 from asyncflow.data.server_process import ServerSettings, start_server
@@ -176,11 +155,11 @@ class TransferQueue:
         shared: Sequence[str],
         ticket: Ticket | None,
         timeout_s: float | None,
-    ) -> Put:
+    ) -> messages.Put:
         drafts, num_bytes, num_rows = lay_out(columns, group_size=group_size, shared=shared)
         size = group_size if ticket is None else num_rows
         extent, specs = self._write(drafts, num_bytes, timeout_s)
-        return Put(self._link.next(), -1 if ticket is None else ticket, num_rows // size, size, extent, specs)
+        return messages.Put(self._link.next(), -1 if ticket is None else ticket, num_rows // size, size, extent, specs)
 
     def flush(self) -> None:
         """Wait until every put is safe. Raises what one of them failed for."""
@@ -189,38 +168,38 @@ class TransferQueue:
     def reserve(self, *, timeout_s: float | None = None) -> Ticket | None:
         """Admit a group, in a queue with a gate; None when it did not allow it within `timeout_s`."""
         link = self._connection()
-        reply = link.ask_parked(Reserve(link.next()), Done, timeout_s)
+        reply = link.ask_parked(messages.Reserve(link.next()), messages.Done, timeout_s)
         return None if reply is None else Ticket(reply.value)
 
     def drop(self, tickets: Sequence[int] | NDArray[np.int64], reason: str) -> None:
         """Give tickets up for a stated reason."""
-        self._do(Drop, ticket_bytes(np.asarray(tickets, np.int64)), reason)
+        self._do(messages.Drop, ticket_bytes(np.asarray(tickets, np.int64)), reason)
 
     def dispatch(self, ticket: int, prompt: str, num_tokens: int) -> None:
         """Note in the log which prompt a ticket is."""
-        self._do(Dispatch, ticket, prompt, num_tokens)
+        self._do(messages.Dispatch, ticket, prompt, num_tokens)
 
     def advance(self, step: int, *, lineage: str = "", fingerprint: str = "") -> None:
         """The weights after `step` optimizer steps are live now; opens the gate."""
-        self._do(Advance, step, lineage, fingerprint)
+        self._do(messages.Advance, step, lineage, fingerprint)
 
     def begin_step(self, step: int) -> None:
         """The training task works at version `step` from now on."""
-        self._do(BeginStep, step)
+        self._do(messages.BeginStep, step)
 
     def settled(self) -> None:
         """Wait until no rollout is under way or may begin under the live weights, and all rows are whole and safe."""
         link = self._connection()
-        link.ask_parked(Settled(link.next()), Done, None)
+        link.ask_parked(messages.Settled(link.next()), messages.Done, None)
 
     def finish(self) -> None:
         """No more rows will come: consumers get what is left, then None."""
         self.flush()
-        self._do(Finish)
+        self._do(messages.Finish)
 
     def clear(self) -> None:
         """Drop everything in the queue. Handles and leases are void; memory comes back as leases end."""
-        self._do(Clear)
+        self._do(messages.Clear)
 
     # -- consumers ---------------------------------------------------------------------------
 
@@ -233,6 +212,7 @@ class TransferQueue:
         group_size: int = 1,
         timeout_s: float | None = None,
         lease_s: float | None = None,
+        copy: bool = False,
     ) -> Batch | None:
         """Rows for a task, leased until they are acknowledged: `at_least` to `max_rows`; None at the stream's end.
 
@@ -240,20 +220,22 @@ class TransferQueue:
         be fewer. In a queue of groups, rows come in whole groups of `group_size`. Raises `TimeoutError`
         after `timeout_s`. With `lease_s`, rows that are not acknowledged so many seconds later are offered to others;
         without, when this connection ends. The columns are views where rows lie together, read-only, and
-        valid until `acknowledge`.
+        valid until `acknowledge`; with `copy` they are copies, to be kept and written to.
         """
         link = self._connection()
-        message = Take(link.next(), task, -(-max_rows // group_size), -(-at_least // group_size), lease_s or 0.0)
-        reply = link.ask_parked(message, Given, timeout_s)
+        message = messages.Take(
+            link.next(), task, -(-max_rows // group_size), -(-at_least // group_size), lease_s or 0.0
+        )
+        reply = link.ask_parked(message, messages.Given, timeout_s)
         if reply is None:
             raise TimeoutError(f"no {at_least} rows for task {task} in {timeout_s:g} s")
         if not reply.tickets:
             return None
         rows = self._rows(reply)
         try:
-            columns = read_columns(reply.sources, self.tasks[task], self._arena)
+            columns = read_columns(reply.sources, self.tasks[task], self._arena, is_copied=copy)
         except BaseException:
-            self._do(Release, message.request)
+            self._do(messages.Release, message.request)
             raise
         return Batch(rows=rows, columns=columns, task=task, lease=message.request)
 
@@ -263,7 +245,7 @@ class TransferQueue:
         Raises `StaleHandleError` when some are no longer there.
         """
         link = self._connection()
-        reply = link.ask(Fetch(link.next(), row_bytes(rows), rows.generation, tuple(names)), Given)
+        reply = link.ask(messages.Fetch(link.next(), row_bytes(rows), rows.generation, tuple(names)), messages.Given)
         return read_columns(reply.sources, names, self._arena, is_copied=True)
 
     def write(self, rows: Rows | Batch, columns: Mapping[str, ColumnLike], *, missing_ok: bool = False) -> int:
@@ -276,7 +258,7 @@ class TransferQueue:
         drafts, num_bytes, _ = lay_out(columns)
         extent, specs = self._write(drafts, num_bytes, None)
         return self._ask_with(
-            Write(self._link.next(), row_bytes(handle), handle.generation, extent, specs, missing_ok), extent
+            messages.Write(self._link.next(), row_bytes(handle), handle.generation, extent, specs, missing_ok), extent
         )
 
     def acknowledge(
@@ -288,11 +270,11 @@ class TransferQueue:
         `LeaseLostError` when the batch was given to somebody else meanwhile.
         """
         composition = tuple(map(row_bytes, batches or (batch.rows,))) if batch.task == self._link.welcome.trains else ()
-        self._do(Acknowledge, batch.lease, step, composition, tuple(threads))
+        self._do(messages.Acknowledge, batch.lease, step, composition, tuple(threads))
 
     def release(self, batch: Batch) -> None:
         """Give a batch back: it is offered again."""
-        self._do(Release, batch.lease)
+        self._do(messages.Release, batch.lease)
 
     # -- looking in --------------------------------------------------------------------------
 
@@ -309,7 +291,7 @@ class TransferQueue:
     def counts(self) -> LedgerCounts:
         """Where all tickets are; raises `QueueError` if one went missing."""
         link = self._connection()
-        reply = link.ask(Counts(link.next()), Accounts)
+        reply = link.ask(messages.Counts(link.next()), messages.Accounts)
         return LedgerCounts(
             admitted=reply.admitted, trained=reply.trained, dropped=reply.dropped, pending=reply.pending
         )
@@ -352,15 +334,15 @@ class TransferQueue:
             self._open()
         return self._link
 
-    def _do(self, kind: Callable[..., AnyRequest], *fields: object) -> Done:
+    def _do(self, kind: Callable[..., messages.AnyRequest], *fields: object) -> messages.Done:
         """Ask for something that has no other answer than that it is done."""
         link = self._connection()
-        return link.ask(kind(link.next(), *fields), Done)
+        return link.ask(kind(link.next(), *fields), messages.Done)
 
-    def _ask_with(self, message: Put | Write, extent: Extent) -> int:
+    def _ask_with(self, message: messages.Put | messages.Write, extent: Extent) -> int:
         """Send what refers to a block of ours, which is free again when the server refuses it."""
         try:
-            return self._link.ask(message, Done).value
+            return self._link.ask(message, messages.Done).value
         except QueueLostError:
             raise
         except AsyncFlowError:
@@ -376,7 +358,7 @@ class TransferQueue:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while (written := writer.write(drafts, num_bytes)) is None:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if link.ask_parked(Room(link.next()), Done, left) is None:
+            if link.ask_parked(messages.Room(link.next()), messages.Done, left) is None:
                 raise QueueFullError(
                     f"no room for {num_bytes:,} bytes in {timeout_s:g} s: {writer.num_free:,} of "
                     f"{writer.arena.num_bytes:,} are free, the rest waits for the tasks {', '.join(self.tasks)}"
@@ -405,7 +387,7 @@ class TransferQueue:
     def _arena(self, number: int) -> Arena:
         return self._arenas[number]
 
-    def _rows(self, reply: Given) -> Rows:
+    def _rows(self, reply: messages.Given) -> Rows:
         tickets = np.frombuffer(reply.tickets, "<i8")
         indices = np.frombuffer(reply.indices, "<i4") if reply.indices else np.zeros(len(tickets), np.int32)
         return Rows(tickets, indices, self._generation)
