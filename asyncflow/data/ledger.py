@@ -65,15 +65,12 @@ class Ledger:
             | {f"offer {name}": (np.uint8, _INCOMPLETE) for name in self.tasks},
             base=oldest,
         )
-        self._returned: list[int] = []
         self._ranks = Ranks(snapshot.dropped_since, num_before=self._dropped.total() - len(snapshot.dropped_since))
         self._oldest = int(oldest)  # no ticket before it is pending
-        self._extend(snapshot.admitted - oldest)
+        self._window.extend(snapshot.admitted - oldest)
         self._set_state(np.array(snapshot.dropped_since, np.int64), _DROPPED)
-        if snapshot.pending:
-            self._set_state(np.array(snapshot.pending, np.int64), _ADMITTED)
-            self._returned = sorted(map(int, snapshot.pending))
-            self._set_state(np.array(self._returned, np.int64), _RETURNED)
+        self._returned = sorted(map(int, snapshot.pending))
+        self._set_state(np.array(self._returned, np.int64), _RETURNED)
 
     # -- admission ---------------------------------------------------------------------------
 
@@ -103,7 +100,7 @@ class Ledger:
     def issue(self, count: int) -> int:
         """The first of `count` new tickets, whatever the gate says: for groups that exist already."""
         first = self._window.end
-        self._extend(count)
+        self._window.extend(count)
         self._window["state"][first - self._window.base : self._window.end - self._window.base] = _ADMITTED
         return first
 
@@ -320,12 +317,8 @@ class Ledger:
 
     def counts(self) -> LedgerCounts:
         """Where all tickets are."""
-        return LedgerCounts(
-            admitted=self._window.end,
-            trained=self._trained,
-            dropped=dict(self._dropped),
-            pending=len(self.pending()),
-        )
+        dropped, pending = dict(self._dropped), len(self.pending())
+        return LedgerCounts(admitted=self._window.end, trained=self._trained, dropped=dropped, pending=pending)
 
     def check(self) -> None:
         """Raise `LedgerError` unless every admitted ticket is accounted for."""
@@ -391,9 +384,6 @@ class Ledger:
         here = places(tickets, self._window.base)
         offers: NDArray[np.uint8] = self._window[self._states[task].offers][here].astype(np.uint8)
         return offers
-
-    def _extend(self, count: int) -> None:
-        self._window.extend(count)
 
     def _set_state(self, tickets: Tickets, state: int) -> None:
         self._window["state"][places(tickets, self._window.base)] = state

@@ -40,12 +40,13 @@ def rollout_threads(config: RolloutConfig, *, deterministic: bool = False) -> in
 
 @dataclass(slots=True, kw_only=True)
 class Cores:
-    """Threads for each role. `rollout` is set once its engine runs."""
+    """Threads for each role. `rollout` is set once its engine runs; `fixed` threads, above 0, are what training gets."""
 
     total: int
     rollout_threads: int
     train_threads: int
     rollout: Busy | None = None
+    fixed: int = 0
 
     @classmethod
     def of(cls, config: RunConfig) -> Cores:
@@ -57,8 +58,14 @@ class Cores:
             train_threads=config.train.threads or (1 if config.deterministic else 0),
         )
 
+    def fix(self, num_threads: int) -> None:
+        """Train on so many threads from now on, to repeat what was computed on as many; 0: as ever."""
+        self.fixed = num_threads
+
     def for_training(self) -> int:
         """Threads for the next micro-batch."""
+        if self.fixed:
+            return self.fixed
         if self.train_threads:
             return self.train_threads
         is_shared = self.rollout is not None and self.rollout.num_running > 0

@@ -59,6 +59,7 @@ class Session:
             reference=reference,
             log=run_log.log,
             history=run_log.history,
+            use_threads=self.cores.fix,
         )
 
     async def save(self, step: int, ledger: LedgerSnapshot) -> int:

@@ -43,7 +43,8 @@ class Setup(Generic[TensorT]):
 
     `save` keeps a checkpoint of the step just made, with the ledger as it stands, and returns the
     step of the oldest one that is kept. `log` and `history` are the run's durable log and what it held when
-    it was opened; without a history the queue begins where the snapshot of a checkpoint left off.
+    it was opened; without a history the queue begins where the snapshot of a checkpoint left off. `use_threads`
+    fixes the CPU threads of the trainer's next calls (0: as ever), so that logged steps are taken again to the bit.
     """
 
     world: World
@@ -59,6 +60,7 @@ class Setup(Generic[TensorT]):
     reference: Scorer | None = None
     log: Log = field(default_factory=NoLog)
     history: History | None = None
+    use_threads: Callable[[int], None] | None = None
 
 
 async def reinforce(config: RunConfig, setup: Setup[TensorT], snapshot: LedgerSnapshot | None = None) -> LedgerCounts:
@@ -108,13 +110,6 @@ async def _reinforce(config: RunConfig, setup: Setup[TensorT], queue: LocalQueue
         if is_saved(config, report.version.step):
             await save_whole(config, setup, queue)
 
-    loop = LoopConfig(
-        steps=config.steps,
-        groups_per_step=config.groups_per_step,
-        concurrent_groups=min(1 + config.max_staleness, max(1, config.steps)) * config.groups_per_step,
-        micro_batch_tokens=config.train.micro_batch_tokens,
-        deterministic=config.deterministic,
-    )
     loop_parts = LoopParts(
         queue=queue,
         trainer=setup.trainer,
@@ -129,10 +124,21 @@ async def _reinforce(config: RunConfig, setup: Setup[TensorT], queue: LocalQueue
     if setup.history is not None:
         await _catch_up(setup, setup.history, queue, load_weights)
     try:
-        await run(loop, loop_parts)
+        await run(make_loop(config), loop_parts)
     except NoSignalError:  # perhaps the task is learnt: keep what was learnt
         await save_last(config, setup, queue)
         raise
+
+
+def make_loop(config: RunConfig) -> LoopConfig:
+    """The numbers of the main loop: as many groups are rolled out at once as the gate may allow."""
+    return LoopConfig(
+        steps=config.steps,
+        groups_per_step=config.groups_per_step,
+        concurrent_groups=min(1 + config.max_staleness, max(1, config.steps)) * config.groups_per_step,
+        micro_batch_tokens=config.train.micro_batch_tokens,
+        deterministic=config.deterministic,
+    )
 
 
 async def _catch_up(
@@ -151,9 +157,10 @@ async def _catch_up(
     def after_step(report: StepReport) -> None:
         setup.meter.record("replayed", {"step": report.version.step, "loss": report.loss})
 
-    await catch_up(
-        setup.trainer, setup.algorithm.loss, history, (*setup.algorithm.columns, REWARD), publish, after_step
-    )
+    columns = (*setup.algorithm.columns, REWARD)
+    await catch_up(setup.trainer, setup.algorithm.loss, history, columns, publish, after_step, setup.use_threads)
+    if setup.use_threads is not None:
+        setup.use_threads(0)
 
 
 def check_lineage(meter: Meter, history: History, version: PolicyVersion) -> None:

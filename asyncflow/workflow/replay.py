@@ -48,6 +48,7 @@ async def catch_up(
     columns: Sequence[str],
     publish: Callable[[], Awaitable[None]],
     after_step: Callable[[StepReport], None],
+    use_threads: Callable[[int], None] | None,
 ) -> None:
     """Take all steps that the log holds after the trainer's version.
 
@@ -57,6 +58,6 @@ async def catch_up(
     last_live = max(history.live, default=-1)
     for step in range(trainer.version.step, history.last_step + 1):
         if step > trainer.version.step:
-            after_step(await replay_step(trainer, loss, history, step, columns))
+            after_step(await replay_step(trainer, loss, history, step, columns, use_threads))
         if step == last_live and step < history.last_step:
             await publish()
