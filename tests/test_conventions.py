@@ -42,11 +42,18 @@ FILE_WRITERS = {"write_text", "write_bytes", "touch", "unlink", "rename", "rmdir
 
 MAY_TOUCH_THE_WORLD = {
     "asyncflow/core/world.py": "it is the world",
+    "asyncflow/data/connection.py": "a client blocks, in a process outside the event loop and simulation",
     "asyncflow/data/log_reader.py": "compaction replaces the log's segments whole",
     "asyncflow/data/log_segments.py": "the log's thread writes, and opening it cuts what a crash left",
+    "asyncflow/data/queue.py": "a client blocks, in a process outside the event loop and simulation",
+    "asyncflow/data/restore.py": "the generation of a queue without a log is drawn, so that no two have the same",
+    "asyncflow/data/serve.py": "it is a process of its own, outside simulation",
+    "asyncflow/data/server.py": "it owns the sockets to other processes, which no simulation has",
+    "asyncflow/data/server_process.py": "it owns the server's process and the socket to it",
     "asyncflow/engines/rollout/process.py": "it owns the worker's process and the socket to it",
     "asyncflow/engines/rollout/worker.py": "it is a process of its own, outside simulation",
     "asyncflow/plan/virtual.py": "it is the simulated world: it draws schedules from a seed",
+    "asyncflow/recipes/run_log.py": "a log that a run does not go on with is renamed",
     "asyncflow/workflow/checkpoint_folder.py": "a checkpoint appears by renaming a folder that engines wrote",
 }
 """Files that may, each with the reason."""
