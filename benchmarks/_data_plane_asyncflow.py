@@ -45,7 +45,7 @@ class Producer:
 
 
 class Consumer:
-    """Acknowledges a batch before it asks for the next."""
+    """Acknowledges a batch as it asks for the next."""
 
     def __init__(self, queue: TransferQueue, job: Job) -> None:
         self._queue, self._columns = queue, job.columns
@@ -53,8 +53,7 @@ class Consumer:
 
     def get(self, num_rows: int) -> Batch:
         """Views of shared memory."""
-        self.clear()
-        batch = self._queue.get(TASK, max_rows=num_rows, at_least=num_rows)
+        batch = self._queue.get(TASK, max_rows=num_rows, at_least=num_rows, done=self._batch)
         assert batch is not None
         self._batch = batch
         found: Batch = {}

@@ -91,10 +91,17 @@ class Connection:
         self._send(message)
         return self._wait(message.request, kind)
 
-    def ask_parked(self, message: AnyRequest, kind: type[ReplyT], timeout_s: float | None) -> ReplyT | None:
-        """The answer to a request that may wait; None when it took longer than `timeout_s`."""
+    def ask_parked(
+        self, message: AnyRequest, kind: type[ReplyT], timeout_s: float | None, *, after: AnyRequest | None = None
+    ) -> ReplyT | None:
+        """The answer to a request that may wait; None when it took longer than `timeout_s`.
+
+        A request to be done before it, `after` which it comes, travels with it and is answered first.
+        """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        self._send(message)
+        self._send(*([message] if after is None else [after, message]))
+        if after is not None:
+            self._wait_before(message, after)
         try:
             while message.request not in self._replies:
                 left = None if deadline is None else deadline - time.monotonic()
@@ -137,9 +144,18 @@ class Connection:
 
     # -- inside ------------------------------------------------------------------------------
 
-    def _send(self, message: AnyRequest) -> None:
+    def _wait_before(self, message: AnyRequest, after: AnyRequest) -> None:
+        """Wait for the first answer of two; when it is a refusal, the second request is taken back."""
         try:
-            self._socket.sendall(frame(message))
+            self._wait(after.request, Done)
+        except AsyncFlowError:
+            self._abandoned.add(message.request)
+            self._send(Cancel(self.next(), message.request))
+            raise
+
+    def _send(self, *messages: AnyRequest) -> None:
+        try:
+            self._socket.sendall(b"".join(map(frame, messages)))
         except OSError as error:
             raise self._lost(error) from error
 

@@ -36,15 +36,17 @@ class StreamingLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches; several loops, also in other processes, get different ones."""
-        while (batch := self._next()) is not None:
-            is_done = False
+        done: Batch | None = None
+        while (batch := self._next(done)) is not None:
+            done = None
             try:
                 yield batch
-                is_done = True
+                done = batch
             finally:
-                (self.queue.acknowledge if is_done else self.queue.release)(batch)
+                if done is None:
+                    self.queue.release(batch)
 
-    def _next(self) -> Batch | None:
+    def _next(self, done: Batch | None) -> Batch | None:
         return self.queue.get(
             self.task,
             max_rows=self.rows_per_batch,
@@ -52,4 +54,5 @@ class StreamingLoader:
             group_size=self.group_size,
             timeout_s=self.timeout_s,
             copy=self.copy,
+            done=done,
         )

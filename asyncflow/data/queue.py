@@ -8,11 +8,10 @@
         ...
         queue.acknowledge(batch)                                             # now it is consumed
 
-Other processes connect with `TransferQueue.connect(queue.address)`. Rows lie in shared memory and are never
-copied to be sent: a put writes them once, a get gives views where they lie together. A put
-and a get are one message and one answer. A task is offered a row the moment all columns that it needs exist;
-its workers get disjoint rows, and a row is gone when every task has acknowledged it. What a
-consumer has not acknowledged when it ends is given to another.
+Other processes connect with `TransferQueue.connect(queue.address)`. A put writes rows once, into
+shared memory, and a get gives views of them; each is one message and one answer. A task is offered a row the
+moment all columns that it needs exist; its workers get disjoint rows, and a row is gone when every task has
+acknowledged it. What a consumer has not acknowledged when it ends is given to another.
 
 Calls block. A connection is for one thread; each thread and process makes its own. numpy only:
 torch tensors may be put, and `StreamingLoader` feeds them to a training loop.
@@ -45,7 +44,7 @@ from asyncflow.data.layout import ColumnLike, ColumnSpec, Draft, lay_out
 from asyncflow.data.ledger import LedgerCounts
 from asyncflow.data.log import LogMode
 from asyncflow.data.plane import Writer, read_columns
-from asyncflow.data.records import row_bytes, ticket_bytes
+from asyncflow.data.records import read_tickets, row_bytes, ticket_bytes
 from asyncflow.data.server_process import ServerSettings, start_server
 
 ARENA_BYTES = 1 << 28
@@ -97,8 +96,8 @@ class TransferQueue:
             tasks={name: tuple(needs) for name, needs in tasks.items()},
             trains=trains,
             gate=gate,
-            log="" if log is None else str(log),
-            log_mode=log_mode if log is not None else LogMode.OFF,
+            log=str(log or ""),
+            log_mode=log_mode if log else LogMode.OFF,
         )
         process = start_server(settings, world or World())
         try:
@@ -213,6 +212,7 @@ class TransferQueue:
         timeout_s: float | None = None,
         lease_s: float | None = None,
         copy: bool = False,
+        done: Batch | None = None,
     ) -> Batch | None:
         """Rows for a task, leased until they are acknowledged: `at_least` to `max_rows`; None at the stream's end.
 
@@ -220,13 +220,15 @@ class TransferQueue:
         be fewer. In a queue of groups, rows come in whole groups of `group_size`. Raises `TimeoutError`
         after `timeout_s`. With `lease_s`, rows that are not acknowledged so many seconds later are offered to others;
         without, when this connection ends. The columns are views where rows lie together, read-only, and
-        valid until `acknowledge`; with `copy` they are copies, to be kept and written to.
+        valid until `acknowledge`; with `copy` they are copies, to be kept and written to. A batch that is `done` is
+        acknowledged in the same message.
         """
         link = self._connection()
         message = messages.Take(
             link.next(), task, -(-max_rows // group_size), -(-at_least // group_size), lease_s or 0.0
         )
-        reply = link.ask_parked(message, messages.Given, timeout_s)
+        after = None if done is None else self._end_of(done)
+        reply = link.ask_parked(message, messages.Given, timeout_s, after=after)
         if reply is None:
             raise TimeoutError(f"no {at_least} rows for task {task} in {timeout_s:g} s")
         if not reply.tickets:
@@ -269,8 +271,14 @@ class TransferQueue:
         The training task says which step it made, of which micro-batches. Raises
         `LeaseLostError` when the batch was given to somebody else meanwhile.
         """
-        composition = tuple(map(row_bytes, batches or (batch.rows,))) if batch.task == self._link.welcome.trains else ()
-        self._do(messages.Acknowledge, batch.lease, step, composition, tuple(threads))
+        self._link.ask(self._end_of(batch, step, batches, threads), messages.Done)
+
+    def _end_of(
+        self, batch: Batch, step: int = 0, batches: Sequence[Rows] = (), threads: Sequence[int] = ()
+    ) -> messages.Acknowledge:
+        link = self._connection()
+        composition = tuple(map(row_bytes, batches or (batch.rows,))) if batch.task == link.welcome.trains else ()
+        return messages.Acknowledge(link.next(), batch.lease, step, composition, tuple(threads))
 
     def release(self, batch: Batch) -> None:
         """Give a batch back: it is offered again."""
@@ -285,7 +293,7 @@ class TransferQueue:
 
     @property
     def server_pid(self) -> int:
-        """Process id of the server."""
+        """The server's process."""
         return self._link.welcome.pid
 
     def counts(self) -> LedgerCounts:
@@ -305,9 +313,9 @@ class TransferQueue:
             self._link.close()
             for arena in self._arenas.values():
                 arena.close()
-        if self._on_close is not None:
-            self._on_close()
-            self._on_close = None
+        on_close, self._on_close = self._on_close, None
+        if on_close is not None:
+            on_close()
 
     def __enter__(self) -> Self:
         """The queue itself."""
@@ -334,10 +342,9 @@ class TransferQueue:
             self._open()
         return self._link
 
-    def _do(self, kind: Callable[..., messages.AnyRequest], *fields: object) -> messages.Done:
+    def _do(self, kind: Callable[..., messages.AnyRequest], *fields: object) -> None:
         """Ask for something that has no other answer than that it is done."""
-        link = self._connection()
-        return link.ask(kind(link.next(), *fields), messages.Done)
+        self._connection().ask(kind(self._link.next(), *fields), messages.Done)
 
     def _ask_with(self, message: messages.Put | messages.Write, extent: Extent) -> int:
         """Send what refers to a block of ours, which is free again when the server refuses it."""
@@ -388,6 +395,6 @@ class TransferQueue:
         return self._arenas[number]
 
     def _rows(self, reply: messages.Given) -> Rows:
-        tickets = np.frombuffer(reply.tickets, "<i8")
+        tickets = read_tickets(reply.tickets)
         indices = np.frombuffer(reply.indices, "<i4") if reply.indices else np.zeros(len(tickets), np.int32)
         return Rows(tickets, indices, self._generation)
