@@ -30,7 +30,7 @@ from asyncflow.core.columns import LOGPROBS, LOSS_MASK, REWARD, TOKEN_IDS, VERSI
 from asyncflow.core.config import AlgorithmConfig, EvaluateConfig, RolloutConfig, RunConfig, SamplingConfig, TrainConfig
 from asyncflow.core.metrics import NullObserver
 from asyncflow.core.ports import Loss
-from asyncflow.core.types import FloatArray, MicroBatch, PolicyVersion, Prompt, StepReport, WeightsRef
+from asyncflow.core.types import FloatArray, MicroBatch, PolicyVersion, Prompt, Ragged, StepReport, WeightsRef
 from asyncflow.core.world import World
 from asyncflow.data.ledger import LedgerSnapshot
 from asyncflow.engines.models import build_character_model
@@ -79,6 +79,12 @@ class Step:
     weights: dict[str, Tensor] = field(default_factory=dict)
 
 
+def copy_of(batch: MicroBatch) -> MicroBatch:
+    """A batch that outlasts its acknowledgement, after which the queue writes over its memory."""
+    columns = {name: Ragged(values=c.values.copy(), lengths=c.lengths.copy()) for name, c in batch.columns.items()}
+    return MicroBatch(rows=batch.rows, columns=columns)
+
+
 class NotingTrainer:
     """The real training engine, with a record of every step."""
 
@@ -91,7 +97,7 @@ class NotingTrainer:
         return self.engine.version
 
     async def accumulate(self, batch: MicroBatch, loss: Loss[Tensor]) -> None:
-        self.steps[-1].batches.append(batch)
+        self.steps[-1].batches.append(copy_of(batch))
         await self.engine.accumulate(batch, loss)
 
     async def apply(self, denominator: float) -> StepReport:
@@ -140,8 +146,9 @@ def digits_that_fit(prompt: Prompt, completion: str) -> float:
 async def note_a_run(source: str, config: RunConfig, log: Path) -> list[Step]:
     """A synchronous run with the real engines; its steps."""
 
-    async def save(step: int, ledger: LedgerSnapshot) -> None:
+    async def save(step: int, ledger: LedgerSnapshot) -> int:
         """Nothing is kept."""
+        return step
 
     world = World(seed=config.seed)
     phase = Phase.reinforcement(config.train, temperature=config.sampling.temperature)

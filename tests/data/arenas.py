@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
 
 def arenas_open(pid: int | None = None) -> list[str]:
     """The descriptors of arenas that a process has open."""
+    gc.collect()  # the traceback of a caught error may hold views
     found = []
     for entry in Path(f"/proc/{pid or os.getpid()}/fd").iterdir():
         try:

@@ -34,8 +34,9 @@ def saved_until_learnt(num_signals: int, every: int) -> list[tuple[int, LedgerSn
         answers.append(1)
         return float(len(answers) % 2 == 0 or len(answers) > 2 * num_signals)
 
-    async def save(step: int, ledger: LedgerSnapshot) -> None:
+    async def save(step: int, ledger: LedgerSnapshot) -> int:
         saved.append((step, ledger))
+        return step
 
     script = Script(completion_s=lambda rng: 1.0, num_tokens=lambda rng: 1)
     setup = Setup(
