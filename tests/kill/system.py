@@ -147,14 +147,14 @@ class System:
             )
 
     def _wait(self, is_met: Callable[[], bool], limit_s: float) -> bool:
-        """Start again whoever ends, until the condition is met; false when it was not in time, or all is over."""
+        """Start again whoever ends, until the condition is met; false when it was not in time."""
         end_s = time.monotonic() + limit_s
-        while not is_met() and not self.is_finished:
+        while not self.is_finished and not is_met():
             left_s = end_s - time.monotonic()
             if left_s <= 0:
                 return False
             self._look(left_s)
-        return is_met()
+        return True
 
     def _look(self, limit_s: float) -> None:
         """Wait for the end of a process, and see to it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ pytest.importorskip("torch", reason="needs the extra: pip install 'asyncflow[tor
 
 from asyncflow.core.errors import RunFolderError
 from asyncflow.core.world import RealDisk, World
+from asyncflow.data.audit import audit_log
 from asyncflow.observe.records import read_metrics, read_rollouts
 from asyncflow.observe.run_state import RUN_FILE, read_state
 from asyncflow.recipes import runner
@@ -105,6 +107,7 @@ def finish(run: Path) -> None:
     checkpoint = newest_checkpoint(run)
     before = read_ledger(checkpoint, World())
     num_rollouts = len(read_rollouts(run))
+    put_before = {ticket for ticket, group in audit_log(run / "ledger").groups.items() if group.num_rows}
     steps = before.trained // GROUPS + 2
     assert runner.resume(run, [f"steps={steps}"], quiet()).steps == steps
     state = read_state(run, RealDisk())
@@ -112,10 +115,13 @@ def finish(run: Path) -> None:
     after = read_ledger(newest_checkpoint(run), World())
     assert after.trained == steps * GROUPS
     assert after.admitted == after.trained + sum(after.dropped.values()) + len(after.pending)
-    trained_before = set(range(before.admitted)) - set(before.pending)
+    assert after.trained - before.trained == 2 * GROUPS
     again = {rollout.ticket for rollout in read_rollouts(run)[num_rollouts:]}
-    assert not again & trained_before
-    assert len(again) == 2 * GROUPS == after.trained - before.trained
+    assert not again & put_before  # what was rolled out and acknowledged is not rolled out again
+    assert again | put_before >= set(range(after.admitted)) - set(after.pending)
+    audited = audit_log(run / "ledger")
+    assert [*map(str, audited.violations), *audited.twice, *audited.lost] == []
+    assert audited.trained == after.trained
     assert len([metric for metric in read_metrics(run) if metric.kind == "warmup"]) == 4
 
 
@@ -145,6 +151,21 @@ def test_a_killed_run_leaves_no_process_and_can_be_resumed_then_and_not_before(t
         finally:
             os.close(orphan)
     assert read_state(run, RealDisk()).state == "running"  # nobody was left to say otherwise
+    finish(run)
+
+
+def test_a_disk_that_takes_no_more_of_the_log_ends_the_run_and_it_can_be_resumed(tmp_path: Path) -> None:
+    with endless_run(tmp_path) as (process, run):
+        [log] = (run / "ledger").glob("*.log")
+        largest = max(path.stat().st_size for path in run.rglob("*") if path.is_file())
+        limit = max(largest, log.stat().st_size) + 20_000  # no file of a checkpoint comes to it
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
+        _, err = process.communicate(timeout=LIMIT_S)
+        assert process.returncode == 1, err
+    assert "ledger can't be written: [Errno 27] File too large. Nothing after record" in err
+    assert "resume the run when the disk is sound" in err
+    assert "Traceback" not in err
+    assert read_state(run, RealDisk()).state == "failed"
     finish(run)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ pytest.importorskip("torch", reason="needs the extra: pip install 'asyncflow[tor
 
 from asyncflow.core.errors import ConfigError
 from asyncflow.core.world import RealDisk, World
+from asyncflow.data.audit import audit_log
 from asyncflow.observe.records import Metric, read_metrics, read_rollouts
 from asyncflow.observe.run_folder import read_config
 from asyncflow.observe.run_state import read_state
@@ -126,6 +128,24 @@ def test_the_configuration_that_a_run_leaves_runs_again(copied: Path, tmp_path: 
     config = recipe.configure(file=file, words=["steps=0", "warmup.steps=0"])
     again = runner.run(recipe, config, copied.parent, quiet()).folder
     assert again.name != copied.name
+
+
+def test_a_log_behind_its_checkpoint_or_switched_off_is_set_aside_and_the_next_begins_with_the_checkpoint(
+    copied: Path,
+) -> None:
+    os.truncate(copied / "ledger" / "00000001.log", 1000)  # as if an older copy of it had been put back
+    runner.resume(copied, ["steps=4"], quiet())
+    runner.resume(copied, ["steps=5"], quiet())  # goes on with the log that began in the middle of the run
+    audited = audit_log(copied / "ledger")
+    assert [*map(str, audited.violations), *audited.twice, *audited.lost, *audited.pending] == []
+    assert (audited.trained, audited.last_step) == (5 * GROUPS, 5)
+    runner.resume(copied, ["steps=6", "queue.log=off"], quiet())
+    assert {path.name for path in copied.glob("ledger*")} == {"ledger.old-1", "ledger.old-2"}
+    told = [str(metric.values["message"]) for metric in of_kind(read_metrics(copied), "health")]
+    assert [text for text in told if "the checkpoint is of step 3), which is now ledger.old-1" in text]
+    assert [text for text in told if "(queue.log=off), which is now ledger.old-2" in text]
+    after = read_ledger(newest_checkpoint(copied), World())
+    assert (after.trained, after.pending) == (6 * GROUPS, ())
 
 
 def test_kl_can_not_be_measured_from_a_policy_that_was_not_kept(copied: Path) -> None:
