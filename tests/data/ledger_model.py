@@ -38,6 +38,13 @@ class LedgerModel:
     def pending(self) -> list[int]:
         return [i for i, ticket in enumerate(self.tickets) if ticket.state <= State.PRODUCED]
 
+    def oldest(self) -> int:
+        """The first ticket that is pending, or has rows that some task is not done with."""
+        for number, ticket in enumerate(self.tickets):
+            if ticket.state <= State.PRODUCED or any(offer != Offer.DONE for offer in ticket.offers.values()):
+                return number
+        return len(self.tickets)
+
     def of_state(self, state: State) -> list[int]:
         return [i for i, ticket in enumerate(self.tickets) if ticket.state == state]
 

@@ -15,7 +15,7 @@ from asyncflow.data.ledger import Ledger, Offer, QueueTask, State
 from asyncflow.data.tickets import Tickets, as_array
 from tests.data.ledger_model import LedgerModel
 
-GATE = Gate(groups_per_step=3, max_staleness=2, steps=40, look_ahead=5)
+GATE = Gate(groups_per_step=2, max_staleness=2, steps=40, look_ahead=2)
 COLUMNS = ("a", "b", "c")
 INDEPENDENT = (
     QueueTask(name="first", needs=("a",)),
@@ -27,6 +27,7 @@ TRAINING = (
     QueueTask(name="score", needs=("a",)),
     QueueTask(name="late", needs=("c", "b")),
 )
+SOME_COLUMNS = st.just(set(COLUMNS)) | st.sets(st.sampled_from(COLUMNS), min_size=1)
 MIN_STEPS = 10_000
 
 num_steps = 0
@@ -39,9 +40,9 @@ def array(numbers: list[int]) -> Tickets:
     return np.array(numbers, np.int64)
 
 
-def some(data: st.DataObject, numbers: list[int]) -> list[int]:
+def some(data: st.DataObject, numbers: list[int], at_most: int = 8) -> list[int]:
     """A few of these, each once, in any order; old and young alike."""
-    return data.draw(st.lists(st.sampled_from(numbers), unique=True, min_size=1, max_size=8)) if numbers else []
+    return data.draw(st.lists(st.sampled_from(numbers), unique=True, min_size=1, max_size=at_most)) if numbers else []
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -59,7 +60,7 @@ class LedgerMachine(RuleBasedStateMachine):
     # -- producers ---------------------------------------------------------------------------
 
     @precondition(lambda self: self.gate is None)
-    @rule(count=st.integers(1, 6), size=st.integers(1, 3), columns=st.sets(st.sampled_from(COLUMNS), min_size=1))
+    @rule(count=st.integers(1, 6), size=st.integers(1, 3), columns=SOME_COLUMNS)
     def put(self, count: int, size: int, columns: set[str]) -> None:
         """A put without a ticket: issued and produced at once."""
         first = self.ledger.issue(count)
@@ -80,7 +81,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(
         data=st.data(),
         size=st.integers(1, 3),
-        columns=st.sets(st.sampled_from(COLUMNS), min_size=1),
+        columns=SOME_COLUMNS,
         all_=st.booleans(),
     )
     def produce(self, data: st.DataObject, size: int, columns: set[str], all_: bool) -> None:
@@ -114,7 +115,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), reason=st.sampled_from(("failed", "late")), also_trained=st.booleans())
     def drop(self, data: st.DataObject, reason: str, also_trained: bool) -> None:
-        numbers = some(data, self.model.pending())
+        numbers = some(data, self.model.pending(), 2)
         training = next((task.name for task in self.tasks if task.trains), "")
         held = {*self.model.offered(training, Offer.LEASED)} if training else set()
         if not also_trained and held & {*numbers}:
@@ -132,7 +133,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def readmit(self, data: st.DataObject) -> None:
-        if numbers := some(data, self.model.pending()):
+        if numbers := some(data, self.model.pending(), 2):
             self.ledger.readmit(array(numbers))
             self.model.readmit(numbers)
             self.may_stand_twice = True
@@ -178,6 +179,16 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         held = some(data, self.model.offered(task, Offer.LEASED))
         self._acknowledge(task, held, some(data, self.model.of_state(State.DROPPED)))
+
+    @rule(which=st.just({0, 1, 2}) | st.sets(st.integers(0, 2), min_size=1))
+    def take_and_acknowledge_everything(self, which: set[int]) -> None:
+        """By every task or some, so that tickets end and are forgotten."""
+        for task in [self.tasks[place] for place in sorted(which)]:
+            if self.gate is None or not task.trains:
+                self._take(task, 99, is_in_order=False)
+                self._acknowledge(task.name, self.model.offered(task.name, Offer.LEASED), [])
+            elif wanted := GATE.groups_per_step - len(self.model.offered(task.name, Offer.LEASED)):
+                self._take(task, wanted, is_in_order=True)
 
     def _acknowledge(self, task: str, held: list[int], gone: list[int]) -> None:
         live, free = self.ledger.acknowledge(task, array(held + gone))
@@ -227,6 +238,7 @@ class LedgerMachine(RuleBasedStateMachine):
         num_steps += 1
         self.ledger.check()
         assert self.ledger.counts() == self.model.counts()
+        assert self.ledger.oldest == self.model.oldest()
         assert self.ledger.num_admitted == len(self.model.tickets)
         pending = self.model.pending()
         assert self.ledger.pending().tolist() == pending
