@@ -33,7 +33,7 @@ def measure(levels: Sequence[int], blocks: int) -> dict[int, Cost]:
             start = TransferQueue.start(tasks={TASK: ("tokens",)}, arena_bytes=ARENA_BYTES)
             queues[level] = stack.enter_context(start)
             for _ in range(-(-level // ROWS)):
-                queues[level].put(batch, wait=False)
+                queues[level].put_soon(batch)
             queues[level].flush()
         for queue in queues.values():
             _block(queue, batch)  # the first calls of everything are slow

@@ -166,8 +166,9 @@ class Bench:
         return agent
 
 
-async def _save_nothing(step: int, ledger: LedgerSnapshot) -> None:
+async def _save_nothing(step: int, ledger: LedgerSnapshot) -> int:
     """A block leaves no checkpoint."""
+    return 0
 
 
 @asynccontextmanager

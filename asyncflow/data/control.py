@@ -27,7 +27,7 @@ from asyncflow.data.directory import Directory, Extent, Source
 from asyncflow.data.journal import Journal
 from asyncflow.data.layout import ColumnSpec
 from asyncflow.data.leases import RETURNED, Leases, waiting_for
-from asyncflow.data.ledger import Ledger, LedgerCounts, LedgerSnapshot, State
+from asyncflow.data.ledger import Ledger, LedgerCounts, LedgerSnapshot
 from asyncflow.data.log import Log
 from asyncflow.data.memory import Memory
 from asyncflow.data.plane import read_columns
@@ -154,7 +154,8 @@ class ControlPlane:
     def _writable(self, rows: Rows, names: Sequence[str], *, missing_ok: bool) -> NDArray[np.int32]:
         """The places of the rows that can be written: still there, and without the columns."""
         self.check_generation(rows)
-        is_there = self.ledger.state_of(rows.tickets) == State.PRODUCED
+        self.ledger.state_of(rows.tickets)  # raises for those never admitted
+        is_there = self.ledger.is_in_use(rows.tickets)
         if not is_there.all() and not missing_ok:
             raise StaleHandleError(f"{np.count_nonzero(~is_there)} of the {len(rows)} rows are no longer in the queue")
         order = np.flatnonzero(is_there).astype(np.int32)

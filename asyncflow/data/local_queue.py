@@ -24,7 +24,7 @@ from asyncflow.data.control import ControlPlane
 from asyncflow.data.directory import Extent
 from asyncflow.data.gate import Gate
 from asyncflow.data.layout import ColumnSpec, Draft, lay_out
-from asyncflow.data.ledger import Ledger, LedgerCounts, LedgerSnapshot, QueueTask, State
+from asyncflow.data.ledger import Ledger, LedgerCounts, LedgerSnapshot, QueueTask
 from asyncflow.data.log import Log, NoLog
 from asyncflow.data.packing import assign, pack
 from asyncflow.data.plane import Writer, read_columns
@@ -197,7 +197,7 @@ class LocalQueue:
         for chosen in pack(self._lengths(rows), max_tokens) if len(rows) else []:
             # The consumer was away since the take, and a stage may have dropped a group.
             held = rows[chosen]
-            held = held[self.control.ledger.state_of(held.tickets) == State.PRODUCED]
+            held = held[self.control.ledger.is_in_use(held.tickets)]
             if len(held):
                 yield self._batch(lease, held)
 
@@ -340,7 +340,7 @@ class LocalQueue:
 
     def _rows_still_here(self, tickets: TicketArray) -> Rows:
         """Rows of the groups that nobody dropped between the grant and our waking."""
-        held = tickets[self.control.ledger.state_of(tickets) == State.PRODUCED]
+        held = tickets[self.control.ledger.is_in_use(tickets)]
         return self.control.rows_of(held)
 
     def _batch(self, lease: Lease, rows: Rows) -> MicroBatch:

@@ -33,6 +33,9 @@ class RunLog:
     warnings: tuple[str, ...] = ()
 
 
+NO_LOG = RunLog(log=NoLog(), history=None)
+
+
 @asynccontextmanager
 async def open_run_log(config: RunConfig, folder: Path, snapshot: LedgerSnapshot, step: int) -> AsyncIterator[RunLog]:
     """Open the log of the run in `folder`, which goes on from a checkpoint after `step` steps with this ledger.

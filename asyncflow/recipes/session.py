@@ -22,7 +22,7 @@ from asyncflow.engines.rollout.client import TorchRolloutEngine, start_rollout_e
 from asyncflow.engines.train.optimizer import Phase
 from asyncflow.engines.train.torch_engine import TorchTrainEngine
 from asyncflow.recipes.recipe import Task
-from asyncflow.recipes.run_log import RunLog, thin_out
+from asyncflow.recipes.run_log import NO_LOG, RunLog, thin_out
 from asyncflow.workflow.checkpoint import save_checkpoint
 from asyncflow.workflow.checkpoint_folder import checkpoint_step, list_checkpoints
 from asyncflow.workflow.meter import Meter
@@ -43,7 +43,7 @@ class Session:
     renderer: TokenizerRenderer
     folder: Path
 
-    def setup(self, reference: Scorer | None, run_log: RunLog) -> Setup[Tensor]:
+    def setup(self, reference: Scorer | None, run_log: RunLog = NO_LOG) -> Setup[Tensor]:
         """The parts of reinforcement learning."""
         return Setup(
             world=self.world,

@@ -6,7 +6,7 @@ but what is handed in here.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Generic
@@ -74,60 +74,70 @@ async def reinforce(config: RunConfig, setup: Setup[TensorT], snapshot: LedgerSn
 
 
 async def _reinforce(config: RunConfig, setup: Setup[TensorT], queue: LocalQueue) -> None:
-    meter = setup.meter
-    meter.begin(steps=config.steps, now_s=setup.world.now_s())
-    health = Health(config.max_staleness)
-    failures = FailureBudget(config.rollout.max_failures, tell=partial(tell_health, meter))
-    parts = rollout_parts(config, setup.rollout, setup.renderer, setup.agent, setup.world)
-    prompt_of = prompt_order(setup.prompts, setup.world)
-
-    async def roll_out(ticket: Ticket) -> Mapping[str, Ragged]:
-        prompt = prompt_of(ticket)
-        queue.dispatch(ticket, prompt.id, len(setup.renderer.prompt_ids(prompt.text)))
-        group = await roll_out_group(ticket, prompt, config.group_size, parts)
-        meter.group(group)
-        return to_columns(group)
-
-    async def load_weights() -> PolicyVersion:
-        return await setup.rollout.load_weights(await setup.trainer.export_weights())
-
-    async def publish() -> PolicyVersion:
-        if config.deterministic:  # so that every token of a group has one version, whatever the timing
-            await queue.settled()
-        return await load_weights()
-
-    async def after_publish(version: PolicyVersion) -> None:
-        if is_evaluated(config, version.step):
-            result = await measure(config, setup, parts, version)
-            for message in health.check_accuracy(result.accuracy, result.stderr):
-                tell_health(meter, message, step=version.step)
-
-    async def after_step(report: StepReport, totals: StepTotals) -> None:
-        record = meter.step(report, totals, queue.counts(), queue.num_groups_held, setup.world.now_s())
-        meter.record("step", record)
-        for message in health.check(record):
-            tell_health(meter, message, step=report.version.step)
-        if is_saved(config, report.version.step):
-            await save_whole(config, setup, queue)
-
-    loop_parts = LoopParts(
+    setup.meter.begin(steps=config.steps, now_s=setup.world.now_s())
+    calls = _Calls(config, setup, queue)
+    parts = LoopParts(
         queue=queue,
         trainer=setup.trainer,
         loss=setup.algorithm.loss,
-        roll_out=roll_out,
-        publish=publish,
-        after_publish=after_publish,
-        after_step=after_step,
-        failures=failures,
+        roll_out=calls.roll_out,
+        publish=calls.publish,
+        after_publish=calls.after_publish,
+        after_step=calls.after_step,
+        failures=FailureBudget(config.rollout.max_failures, tell=partial(tell_health, setup.meter)),
         stages=make_stages(config, setup, queue),
     )
     if setup.history is not None:
-        await _catch_up(setup, setup.history, queue, load_weights)
+        await _catch_up(setup, setup.history, queue, calls.load_weights)
     try:
-        await run(make_loop(config), loop_parts)
+        await run(make_loop(config), parts)
     except NoSignalError:  # perhaps the task is learnt: keep what was learnt
         await save_last(config, setup, queue)
         raise
+
+
+class _Calls(Generic[TensorT]):
+    """What the main loop calls: how a group is rolled out, weights are published, and a step is reported and saved."""
+
+    def __init__(self, config: RunConfig, setup: Setup[TensorT], queue: LocalQueue) -> None:
+        self._config = config
+        self._setup = setup
+        self._queue = queue
+        self._health = Health(config.max_staleness)
+        self._parts = rollout_parts(config, setup.rollout, setup.renderer, setup.agent, setup.world)
+        self._prompt_of = prompt_order(setup.prompts, setup.world)
+
+    async def roll_out(self, ticket: Ticket) -> Mapping[str, Ragged]:
+        prompt = self._prompt_of(ticket)
+        self._queue.dispatch(ticket, prompt.id, len(self._setup.renderer.prompt_ids(prompt.text)))
+        group = await roll_out_group(ticket, prompt, self._config.group_size, self._parts)
+        self._setup.meter.group(group)
+        return to_columns(group)
+
+    async def load_weights(self) -> PolicyVersion:
+        return await self._setup.rollout.load_weights(await self._setup.trainer.export_weights())
+
+    async def publish(self) -> PolicyVersion:
+        if self._config.deterministic:  # so that every token of a group has one version, whatever the timing
+            await self._queue.settled()
+        return await self.load_weights()
+
+    async def after_publish(self, version: PolicyVersion) -> None:
+        if is_evaluated(self._config, version.step):
+            result = await measure(self._config, self._setup, self._parts, version)
+            self._tell(self._health.check_accuracy(result.accuracy, result.stderr), version.step)
+
+    async def after_step(self, report: StepReport, totals: StepTotals) -> None:
+        meter, queue, step = self._setup.meter, self._queue, report.version.step
+        record = meter.step(report, totals, queue.counts(), queue.num_groups_held, self._setup.world.now_s())
+        meter.record("step", record)
+        self._tell(self._health.check(record), step)
+        if is_saved(self._config, step):
+            await save(self._setup, queue)
+
+    def _tell(self, messages: Iterable[str], step: int) -> None:
+        for message in messages:
+            tell_health(self._setup.meter, message, step=step)
 
 
 def make_loop(config: RunConfig) -> LoopConfig:

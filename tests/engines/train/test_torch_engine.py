@@ -134,7 +134,7 @@ async def test_a_gradient_that_is_no_number_leaves_the_weights_alone(tmp_path: P
 async def test_an_empty_micro_batch_adds_nothing(tmp_path: Path) -> None:
     batch, loss = make_batch([4]), make_loss()
     empty = MicroBatch(
-        rows=(),
+        rows=batch.rows[:0],
         columns={
             name: Ragged(values=column.values[:0], lengths=column.lengths[:0]) for name, column in batch.columns.items()
         },
