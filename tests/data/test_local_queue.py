@@ -471,3 +471,26 @@ def test_many_groups_dropped_before_and_after_their_put_leave_nothing_behind() -
         assert max(window.end - window.base for window in kept) < 600
 
     virtually(main())
+
+
+def test_a_trained_group_stays_for_the_task_that_still_needs_it() -> None:
+    """Also when hundreds after it have come and gone."""
+
+    async def main() -> None:
+        queue = make_queue(groups_per_step=4, max_staleness=1)
+        train, score = queue.lease("train"), queue.lease("score")
+        for step in range(90):
+            queue.begin_step(step)
+            for _ in range(4):
+                ticket = await queue.reserve()
+                await queue.put(ticket, whole(ticket, 1))
+            await queue.take(train, max_groups=4)
+            await queue.acknowledge(train, step=step + 1)
+            if step != 1:
+                await queue.take(score, max_groups=4)
+                await queue.acknowledge(score)
+            queue.advance(PolicyVersion(step=step + 1))
+        batch = await queue.take(score, max_groups=9)
+        assert set(batch["token_ids"].tolist()) == {356, 357, 358, 359}
+
+    virtually(main())
