@@ -40,7 +40,7 @@ def rollout_threads(config: RolloutConfig, *, deterministic: bool = False) -> in
 
 @dataclass(slots=True, kw_only=True)
 class Cores:
-    """Threads for each role. `rollout` is set once its engine runs; training gets `fixed` threads if that is above 0."""
+    """Threads for each role. `rollout` is set once its engine runs; training gets `fixed` threads where set."""
 
     total: int
     rollout_threads: int

@@ -16,7 +16,7 @@ from asyncflow.algo.corrections import Clipped
 from asyncflow.algo.losses import PolicyLoss
 from asyncflow.core.columns import ADVANTAGE, LOGPROBS, LOSS_MASK, TOKEN_IDS
 from asyncflow.core.config import TrainConfig
-from asyncflow.core.types import MicroBatch, Ragged, RowId, Ticket
+from asyncflow.core.types import MicroBatch, Ragged, Rows
 from asyncflow.engines.models import build_character_model
 from asyncflow.engines.train.optimizer import Phase
 from asyncflow.engines.train.torch_engine import TorchTrainEngine
@@ -81,17 +81,15 @@ def make_batch(group_sizes: Sequence[int], seed: int = 0) -> MicroBatch:
             lengths=np.ones(num_samples, np.int32),
         ),
     }
-    rows = [RowId(Ticket(7 + group), i) for group, size in enumerate(group_sizes) for i in range(size)]
-    return MicroBatch(rows=tuple(rows), columns=columns)
+    parts = [Rows.of_groups(np.array([7 + group]), size) for group, size in enumerate(group_sizes)]
+    return MicroBatch(rows=Rows.join(parts), columns=columns)
 
 
 def select(batch: MicroBatch, samples: Sequence[int]) -> MicroBatch:
     """Some samples of a batch, in this order."""
     columns = {name: [column.rows()[i] for i in samples] for name, column in batch.columns.items()}
-    return MicroBatch(
-        rows=tuple(batch.rows[i] for i in samples),
-        columns={name: Ragged.stack(rows) for name, rows in columns.items()},
-    )
+    chosen = {name: Ragged.stack(rows) for name, rows in columns.items()}
+    return MicroBatch(rows=batch.rows[np.array(samples, np.int64)], columns=chosen)
 
 
 def gradient(engine: TorchTrainEngine) -> torch.Tensor:
