@@ -175,8 +175,10 @@ class Rows:
     @classmethod
     def of_groups(cls, tickets: NDArray[np.int64], group_size: int, generation: int = 0) -> Rows:
         """All rows of groups that have `group_size` each."""
+        if group_size == 1:
+            return cls(tickets, np.zeros(len(tickets), np.int32), generation)
         indices = np.tile(np.arange(group_size, dtype=np.int32), len(tickets))
-        return cls(np.repeat(tickets, group_size) if group_size > 1 else tickets, indices, generation)
+        return cls(np.repeat(tickets, group_size), indices, generation)
 
     @classmethod
     def join(cls, parts: Sequence[Rows]) -> Rows:

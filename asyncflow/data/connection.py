@@ -213,7 +213,7 @@ class Connection:
                 self._failure = self._failure or reply
         elif request in self._abandoned:
             self._abandoned.discard(request)
-            if isinstance(reply, Given) and reply.tickets:
+            if isinstance(reply, Given) and reply.count:
                 self._send(Release(self.next(), request))
         else:
             self._replies[request] = reply

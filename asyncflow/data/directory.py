@@ -70,6 +70,7 @@ class Block:
     columns: tuple[ColumnSpec, ...]
     group_size: int
     num_left: int
+    first: int = -1
     first_row: int = -1
 
 
@@ -105,7 +106,7 @@ class Directory:
         tickets["at"][here] = at
         tickets["row"][here] = at + self._num_rows
         tickets["size"][here] = group_size
-        self._blocks[self._num_blocks] = Block(extent, columns, group_size, count, self._num_rows)
+        self._blocks[self._num_blocks] = Block(extent, columns, group_size, count, first, self._num_rows)
         self._num_blocks += 1
         self._num_rows += count * group_size
         if self._late:
@@ -165,17 +166,22 @@ class Directory:
         sizes: NDArray[np.int32] = self._tickets["size"][tickets - self._tickets.base].astype(np.int32)
         return sizes
 
-    def locate_groups(self, tickets: Tickets, names: Sequence[str]) -> tuple[Source, ...] | None:
-        """The same for all rows of consecutive groups that lie in one block; None where they do not."""
+    def block_of(self, tickets: Tickets) -> Block | None:
+        """The block in which consecutive groups lie, all of them; None where there is no such block."""
         window = self._tickets
-        if not isinstance(tickets, range) or not self._late_set.isdisjoint(names):
+        if not isinstance(tickets, range) or tickets.start < window.base or tickets.stop > window.end:
             return None
         blocks = window["block"]
         number = int(blocks[tickets.start - window.base])
         if number == NOWHERE or int(blocks[tickets.stop - 1 - window.base]) != number:
             return None  # the tickets of a block are consecutive, so those between are in it too
-        block = self._blocks[number]
-        start = int(window["at"][tickets.start - window.base])
+        return self._blocks[number]
+
+    def locate_groups(self, block: Block, tickets: range, names: Sequence[str]) -> tuple[Source, ...] | None:
+        """The same for all rows of consecutive groups of one block; None where a column was written later."""
+        if not self._late_set.isdisjoint(names):
+            return None
+        start = (tickets.start - block.first) * block.group_size
         span = Span(start, start + block.group_size * len(tickets))
         return (Source(tuple(names), (Piece(block.extent, block.columns, block.group_size, span),)),)
 
@@ -214,6 +220,14 @@ class Directory:
         """These groups are not needed any more, nor any before `oldest`; the blocks in which nothing is needed now."""
         window = self._tickets
         blocks = window["block"]
+        block = None if self._late else self.block_of(tickets)
+        if block is not None and len(tickets) == block.num_left:  # the whole block, as it came
+            number = int(blocks[block.first - window.base]) if block.first >= window.base else NOWHERE
+            if number != NOWHERE and tickets[0] == block.first:
+                blocks[places(tickets, window.base)] = NOWHERE
+                del self._blocks[number]
+                self._forget(oldest)
+                return [block.extent]
         if not isinstance(tickets, range) or tickets.start < window.base or tickets.stop > window.end:
             tickets = as_array(tickets)
             tickets = tickets[(tickets >= window.base) & (tickets < window.end)]

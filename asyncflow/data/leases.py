@@ -171,16 +171,24 @@ class Leases:
         tickets = self._choose(parked)
         if len(tickets) == 0:
             if self._is_over(task):
-                self._journal.when_safe(lambda: parked.answer(Taken(Rows.of_groups(as_array(tickets), 1), ())))
+                self._journal.when_safe(lambda: parked.answer(Taken(tickets, 1, ())))
                 return True
             return False
         lease.parts.append(tickets)
-        rows, needs = self._directory.rows_of(tickets, self._generation), self._ledger.tasks[task].needs
-        sources = self._directory.locate_groups(tickets, needs) or self._directory.locate(rows, needs)
-        self._memory.hold(lease, sources)
+        taken = self._locate(tickets, self._ledger.tasks[task].needs)
+        self._memory.hold(lease, taken.sources)
         self._journal.note(lambda: records.Taken(task=task, tickets=records.ticket_bytes(tickets)))
-        self._journal.when_safe(lambda: parked.answer(Taken(rows, sources)))
+        self._journal.when_safe(lambda: parked.answer(taken))
         return True
+
+    def _locate(self, tickets: Tickets, needs: Sequence[str]) -> Taken:
+        block = self._directory.block_of(tickets)
+        if block is not None and isinstance(tickets, range):
+            sources = self._directory.locate_groups(block, tickets, needs)
+            if sources is not None:
+                return Taken(tickets, block.group_size, sources)
+        rows = self._directory.rows_of(tickets, self._generation)
+        return Taken(tickets, self._directory.common_size(tickets), self._directory.locate(rows, needs))
 
     def _choose(self, parked: ParkedTake) -> Tickets:
         """The groups that a take gets now; none where that would be too few."""

@@ -60,7 +60,7 @@ class Ledger:
         self._trained = snapshot.trained
         oldest = min(snapshot.pending, default=Ticket(snapshot.admitted))
         self._window = Window(
-            {"state": (np.uint8, _TRAINED), "rows": (np.int32, 0), "undone": (np.int16, 0)}
+            {"state": (np.uint8, _TRAINED), "rows": (np.int32, 0), "undone": (np.uint8, 0)}
             | {"again": (np.bool_, 0), "full": (np.uint64, 0)}
             | {f"offer {name}": (np.uint8, _INCOMPLETE) for name in self.tasks},
             base=oldest,
@@ -101,7 +101,8 @@ class Ledger:
         """The first of `count` new tickets, whatever the gate says: for groups that exist already."""
         first = self._window.end
         self._window.extend(count)
-        self._window["state"][first - self._window.base : self._window.end - self._window.base] = _ADMITTED
+        here = slice(first - self._window.base, self._window.end - self._window.base)
+        self._window.raw["state"][here] = bytes([_ADMITTED]) * count
         return first
 
     def restore_admission(self, first: int, count: int) -> None:
@@ -147,16 +148,16 @@ class Ledger:
     def produce(self, first: int, count: int, group_size: int, columns: Iterable[str]) -> None:
         """The groups of consecutive tickets exist, with these columns for all their rows."""
         window, mask = self._window, self._columns.mask(columns)
-        here, states = slice(first - window.base, first - window.base + count), window["state"]
-        if first < window.base or first + count > window.end or (states[here] != _ADMITTED).any():
+        here, states = slice(first - window.base, first - window.base + count), window.raw["state"]
+        if first < window.base or first + count > window.end or states[here].count(_ADMITTED) != count:
             raise LedgerError(f"tickets from {first} on were put twice, or put without being reserved")
-        states[here] = _PRODUCED
+        states[here] = bytes([_PRODUCED]) * count
         window["rows"][here] = group_size
         window["full"][here] = mask
-        window["undone"][here] = len(self.tasks)
+        window.raw["undone"][here] = bytes([len(self.tasks)]) * count
         for state in self._states.values():
             if state.mask & ~mask == 0:
-                window[state.offers][here] = _READY
+                window.raw[state.offers][here] = bytes([_READY]) * count
                 state.add_range(range(first, first + count))
 
     def write(self, tickets: TicketArray, num_rows: NDArray[np.integer], column: str) -> None:
@@ -221,7 +222,7 @@ class Ledger:
         state = self._states[task]
         base, offers = self._window.base, self._window[state.offers]
         if not state.in_order:
-            return state.take(offers, base, max_groups)
+            return state.take(offers, self._window.raw[state.offers], base, max_groups)
         limit = self._rank_limit(offers)
         return state.take_while(lambda ticket: self.rank(ticket) < limit, offers, base, max_groups)
 
@@ -275,6 +276,8 @@ class Ledger:
         """
         if len(tickets) == 0:
             return tickets, tickets
+        if isinstance(tickets, range) and len(self.tasks) == 1 and self._finish_range(task, tickets):
+            return tickets, tickets
         state, window = self._states[task], self._window
         offers, undone = window[state.offers], window["undone"]
         here = places(tickets, window.base)
@@ -293,6 +296,21 @@ class Ledger:
             self._forget()
         return tickets, free
 
+    def _finish_range(self, task: str, tickets: range) -> bool:
+        """The same for consecutive groups that only this task takes; false where some are not leased to it."""
+        window, count = self._window, len(tickets)
+        here, offers = slice(tickets.start - window.base, tickets.stop - window.base), window.raw[f"offer {task}"]
+        if tickets.start < window.base or offers[here].count(_LEASED) != count:
+            return False
+        offers[here] = bytes([_DONE]) * count
+        window.raw["undone"][here] = bytes(count)
+        window.raw["state"][here] = bytes([_TRAINED]) * count
+        self._trained += count
+        if tickets.start <= self._oldest < tickets.stop:
+            self._oldest = tickets.stop
+        self._forget()
+        return True
+
     def _still_leased(self, state: TaskLine, tickets: TicketArray) -> TicketArray:
         """Those that were not dropped. Raises `LeaseLostError` unless all of these are leased to the task."""
         window = self._window
@@ -307,7 +325,9 @@ class Ledger:
         window = self._window
         states, undone = window["state"], window["undone"]
         here = self._oldest - window.base
-        if self._oldest < window.end and (states[here] <= _PRODUCED or undone[here] > 0):
+        if self._oldest == window.end or window.raw["state"][here] <= _PRODUCED or window.raw["undone"][here]:
+            window.forget(self._oldest)
+            self._ranks.forget(window.base)
             return
         self._oldest = self._first(lambda part: (states[part] <= _PRODUCED) | (undone[part] > 0))
         window.forget(self._oldest)

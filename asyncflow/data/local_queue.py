@@ -315,7 +315,7 @@ class LocalQueue:
 
         def hand_over(taken: Taken) -> None:
             if answer.cancelled():  # while the log was writing
-                self.control.give_back(held, np.unique(taken.rows.tickets))
+                self.control.give_back(held, np.unique(as_array(taken.tickets)))
             else:
                 answer.set_result(taken)
 
@@ -332,11 +332,11 @@ class LocalQueue:
         except asyncio.CancelledError:
             # The groups may have been granted in the same turn of the loop that cancelled us.
             if answer.done() and not answer.cancelled():
-                self.control.give_back(held, np.unique(answer.result().rows.tickets))
+                self.control.give_back(held, np.unique(as_array(answer.result().tickets)))
             elif parked is not None:
                 self.control.cancel(parked)
             raise
-        return np.unique(taken.rows.tickets)
+        return np.unique(as_array(taken.tickets))
 
     def _rows_still_here(self, tickets: TicketArray) -> Rows:
         """Rows of the groups that nobody dropped between the grant and our waking."""

@@ -186,8 +186,14 @@ class Done(Reply, frozen=True):
 
 
 class Given(Reply, frozen=True):
-    """Rows and where they lie. `indices` is empty where all are 0."""
+    """Groups and where they lie: `count` consecutive ones from `first` on, or `tickets` where they are given.
 
+    `group_size` is the number of rows of each; where they differ it is 0, and `indices` are given.
+    """
+
+    first: int
+    count: int
+    group_size: int
     tickets: bytes
     indices: bytes
     sources: tuple[Source, ...]

@@ -231,7 +231,7 @@ class TransferQueue:
         reply = link.ask_parked(message, messages.Given, timeout_s, after=after)
         if reply is None:
             raise TimeoutError(f"no {at_least} rows for task {task} in {timeout_s:g} s")
-        if not reply.tickets:
+        if not reply.count:
             return None
         rows = self._rows(reply)
         try:
@@ -395,6 +395,8 @@ class TransferQueue:
         return self._arenas[number]
 
     def _rows(self, reply: messages.Given) -> Rows:
-        tickets = read_tickets(reply.tickets)
-        indices = np.frombuffer(reply.indices, "<i4") if reply.indices else np.zeros(len(tickets), np.int32)
-        return Rows(tickets, indices, self._generation)
+        given = reply.tickets
+        tickets = read_tickets(given) if given else np.arange(reply.first, reply.first + reply.count)
+        if reply.indices:
+            return Rows(tickets, np.frombuffer(reply.indices, "<i4"), self._generation)
+        return Rows.of_groups(tickets, reply.group_size, self._generation)

@@ -57,10 +57,10 @@ from asyncflow.data.messages import (
     frame,
     request_decoder,
 )
-from asyncflow.data.records import read_rows, read_tickets
+from asyncflow.data.records import read_rows, read_tickets, row_bytes, ticket_bytes
 from asyncflow.data.sessions import ParkedReserve, ParkedTake, Taken
 
-RECEIVE_BYTES = 1 << 18
+RECEIVE_BYTES = 1 << 16
 MAX_OUTBOX_BYTES = 1 << 26
 MAX_FDS = 4
 BACKLOG = 128
@@ -143,7 +143,10 @@ class Client:
 
     def _read(self) -> None:
         try:
-            data, fds, _, _ = socket.recv_fds(self._socket, RECEIVE_BYTES, MAX_FDS)
+            if self._session.arena is None:  # which may be about to come
+                data, fds, _, _ = socket.recv_fds(self._socket, RECEIVE_BYTES, MAX_FDS)
+            else:
+                data, fds = self._socket.recv(RECEIVE_BYTES), []
         except BlockingIOError:
             return
         except OSError:
@@ -235,7 +238,7 @@ class Client:
             case Fetch(_, rows, generation, names):
                 sources = control.locate(read_rows(rows, generation), names)
                 self._send_arenas(sources)
-                self._send(Given(request, b"", b"", sources))
+                self._send(Given(request, 0, 0, 1, b"", b"", sources))
             case Reserve():
                 parked = control.reserve(session, lambda ticket: self._granted(request, ticket))
                 self._parked[request] = parked
@@ -322,10 +325,15 @@ class Client:
         except (QueueError, OSError):
             self._loop.call_soon(self.close)
             return
-        rows = taken.rows
-        indices = rows.indices.tobytes() if rows.indices.any() else b""
-        self._send(Given(request, rows.tickets.tobytes(), indices, taken.sources))
-        if not len(rows):
+        tickets, size = taken.tickets, taken.group_size
+        if isinstance(tickets, range):
+            self._send(Given(request, tickets.start, len(tickets), size, b"", b"", taken.sources))
+        elif size:
+            self._send(Given(request, 0, len(tickets), size, ticket_bytes(tickets), b"", taken.sources))
+        else:
+            rows = row_bytes(self._control.rows_of(tickets))
+            self._send(Given(request, 0, len(tickets), 0, rows.tickets, rows.indices, taken.sources))
+        if not len(tickets):
             self._session.leases.pop(request, None)
         elif message.lease_s > 0:
             self._loop.call_later(message.lease_s, self._expire, request)

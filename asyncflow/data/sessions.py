@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from asyncflow.core.types import Rows, Ticket
+from asyncflow.core.types import Ticket
 from asyncflow.data.arena import Arena
 from asyncflow.data.directory import Extent, Source
 from asyncflow.data.tickets import Tickets, join
@@ -14,9 +14,13 @@ from asyncflow.data.tickets import Tickets, join
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """Rows handed to a consumer, and where their columns lie. No rows: the stream has ended."""
+    """Groups handed to a consumer, and where their columns lie. None: the stream has ended.
 
-    rows: Rows
+    `group_size` is the number of rows of each; 0 where they differ.
+    """
+
+    tickets: Tickets
+    group_size: int
     sources: tuple[Source, ...]
 
 

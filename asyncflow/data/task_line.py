@@ -56,15 +56,23 @@ class TaskLine:
         else:
             self.add(tickets)
 
-    def take(self, offers: NDArray[np.int64], base: int, max_groups: int) -> Tickets:
+    def take(self, offers: NDArray[np.int64], raw: bytearray, base: int, max_groups: int) -> Tickets:
         """The next ones that are ready, at most so many; they are leased now.
 
-        `offers` says of each ticket from `base` on where it is: some that stand here were dropped or taken meanwhile.
+        `offers`, as bytes `raw`, says of each ticket from `base` on where it is: some that stand here were
+        dropped or taken meanwhile.
         """
         wanted = min(max_groups, self.num_ready)
         parts: list[Tickets] = []
         while wanted:
             tickets = self._pop(wanted)
+            here = places(tickets, base)
+            if isinstance(here, slice) and here.start >= 0 and raw[here].count(READY) == len(tickets):
+                raw[here] = bytes([LEASED]) * len(tickets)
+                parts.append(tickets)
+                wanted -= len(tickets)
+                self.num_ready -= len(tickets)
+                continue
             if tickets[0] < base:  # dropped so long ago that they are forgotten
                 tickets = as_array(tickets)
                 tickets = tickets[tickets >= base]

@@ -2,6 +2,9 @@
 
 The queue numbers tickets and rows without end, and keeps only those that are still of use.
 Cost is amortised: an entry is copied a bounded number of times, however many there are.
+
+An array of bytes is a `bytearray` too, over the same memory: to count or set a few
+consecutive ones in it takes a tenth of the time that numpy needs.
 """
 
 from __future__ import annotations
@@ -18,17 +21,17 @@ class Window:
     """Arrays indexed by `number - base`, for numbers from `base` to before `end`."""
 
     def __init__(self, fills: Mapping[str, tuple[DTypeLike, int]], *, base: int = 0) -> None:
-        self._fills = dict(fills)
+        self._fills: dict[str, tuple[DTypeLike, int]] = {}
         self._arrays: dict[str, NDArray[np.int64]] = {}
-        for name, (dtype, fill) in fills.items():
-            self._arrays[name] = np.full(FIRST_CAPACITY, fill, dtype)
+        self._capacity = FIRST_CAPACITY
+        self.raw: dict[str, bytearray] = {}
+        """The arrays of bytes, as such. Valid until the next `extend` or `forget`, like the arrays."""
         self.base = self.end = base
+        for name, (dtype, fill) in fills.items():
+            self.add(name, dtype, fill)
 
     def __getitem__(self, name: str) -> NDArray[np.int64]:
-        """The whole array, of whatever integers or booleans it holds; write into it at `number - base`.
-
-        Valid until the next `extend` or `forget`.
-        """
+        """The whole array, of whatever integers or booleans it holds; write into it at `number - base`."""
         return self._arrays[name]
 
     def __contains__(self, name: str) -> bool:
@@ -38,32 +41,31 @@ class Window:
     def add(self, name: str, dtype: DTypeLike, fill: int) -> None:
         """Another array, filled."""
         self._fills[name] = (dtype, fill)
-        self._arrays[name] = np.full(self._capacity, fill, dtype)
+        self._make(name)
 
     def extend(self, count: int) -> None:
         """Make room for `count` more numbers, filled."""
         self.end += count
         if self.end - self.base > self._capacity:
-            self._resize(2 * (self.end - self.base))
+            self._move(self.base, 2 * (self.end - self.base), kept=self._capacity)
 
     def forget(self, before: int) -> None:
         """Numbers below `before` are of no use; memory is given back now and then."""
         if before - self.base > max(FIRST_CAPACITY, (self.end - self.base) // 2):
             kept = self.end - before
-            for name, array in self._arrays.items():
-                dtype, fill = self._fills[name]
-                fresh = np.full(max(FIRST_CAPACITY, 2 * kept), fill, dtype)
-                fresh[:kept] = array[before - self.base : self.end - self.base]
-                self._arrays[name] = fresh
-            self.base = before
+            self._move(before, max(FIRST_CAPACITY, 2 * kept), kept=kept)
 
-    @property
-    def _capacity(self) -> int:
-        return len(next(iter(self._arrays.values())))
+    def _move(self, base: int, capacity: int, *, kept: int) -> None:
+        """Begin with `base`, in fresh arrays that keep so many entries."""
+        start, self.base, self._capacity = base - self.base, base, capacity
+        for name, old in list(self._arrays.items()):
+            self._make(name)[:kept] = old[start : start + kept]
 
-    def _resize(self, capacity: int) -> None:
-        for name, array in self._arrays.items():
-            dtype, fill = self._fills[name]
-            fresh = np.full(capacity, fill, dtype)
-            fresh[: len(array)] = array
-            self._arrays[name] = fresh
+    def _make(self, name: str) -> NDArray[np.int64]:
+        dtype, fill = self._fills[name]
+        if dtype == np.uint8:
+            self.raw[name] = bytearray(bytes([fill]) * self._capacity)
+            self._arrays[name] = np.frombuffer(self.raw[name], np.uint8)
+        else:
+            self._arrays[name] = np.full(self._capacity, fill, dtype)
+        return self._arrays[name]
