@@ -18,6 +18,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import secrets
 from bisect import bisect_left, insort
 
 import numpy as np
@@ -44,6 +45,8 @@ class Arena:
         self.num_bytes = os.fstat(fd).st_size
         access = mmap.ACCESS_WRITE if is_owner else mmap.ACCESS_READ
         self._memory: Bytes | None = np.frombuffer(mmap.mmap(fd, self.num_bytes, access=access), np.uint8)
+        self._readable = self._memory.view()
+        self._readable.flags.writeable = False
         self._num_backed = 0
 
     @classmethod
@@ -85,8 +88,9 @@ class Arena:
         self._open()[extent.offset : extent.offset + 8].view(np.uint64)[0] = extent.stamp
 
     def block(self, extent: Extent) -> Bytes:
-        """A view of a block. Raises `StaleHandleError` when it is no longer what the reference names."""
-        memory = self._open()
+        """A read-only view of a block. Raises `StaleHandleError` when it is no longer what the reference names."""
+        self._open()
+        memory = self._readable
         if extent.offset < 0 or extent.num_bytes < HEADER_BYTES or extent.offset + extent.num_bytes > len(memory):
             raise StaleHandleError(f"no block can lie at byte {extent.offset} of an arena of {len(memory)} bytes")
         if int(memory[extent.offset : extent.offset + 8].view(np.uint64)[0]) != extent.stamp:
@@ -97,6 +101,7 @@ class Arena:
         """Let go of it; the memory is freed once no process and no view holds it. May be called twice."""
         if self._memory is not None:
             self._memory = None
+            self._readable = np.empty(0, np.uint8)
             os.close(self.fd)
 
     def _back(self, end: int) -> None:
@@ -127,14 +132,15 @@ class Allocator:
         self.num_free = num_bytes
         self._starts = [0]
         self._sizes = {0: num_bytes}
-        self._num_stamps = 0
+        self._num_stamps = secrets.randbits(62)  # no value in a row looks like the next ones
 
     def take(self, num_bytes: int, arena: int) -> Extent | None:
         """Space for a block of so many bytes; None when there is none now.
 
         >>> space = Allocator(1 << 16)
-        >>> space.take(100, arena=1)
-        Extent(arena=1, offset=0, num_bytes=192, stamp=1)
+        >>> extent = space.take(100, arena=1)
+        >>> extent.offset, extent.num_bytes
+        (0, 192)
         """
         wanted = -(-(num_bytes + HEADER_BYTES) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         start = next((start for start in self._starts if self._sizes[start] >= wanted), None)

@@ -32,3 +32,11 @@ class Batch:
     def __iter__(self) -> Iterator[str]:
         """The names of the columns."""
         return iter(self.columns)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Rows that were asked for and did not come yet."""
+
+    task: str
+    request: int

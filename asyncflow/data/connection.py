@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import select
 import socket
+import struct
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -67,8 +68,7 @@ class Connection:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._socket.connect(f"\0{address[1:]}" if address.startswith("@") else address)
-            self._poll = select.poll()
-            self._poll.register(self._socket, select.POLLIN)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(PATIENCE_S), 0))
             self.welcome = self.ask(Hello(self.next(), PROTOCOL, name), Welcome)
         except OSError as error:
             self._socket.close()
@@ -91,30 +91,47 @@ class Connection:
         self._send(message)
         return self._wait(message.request, kind)
 
-    def ask_parked(
-        self, message: AnyRequest, kind: type[ReplyT], timeout_s: float | None, *, after: AnyRequest | None = None
-    ) -> ReplyT | None:
-        """The answer to a request that may wait; None when it took longer than `timeout_s`.
+    def ask_parked(self, message: AnyRequest, kind: type[ReplyT], timeout_s: float | None) -> ReplyT | None:
+        """The answer to a request that may wait; None when it took longer than `timeout_s`."""
+        self.post(message)
+        return self.wait_parked(message.request, kind, timeout_s)
 
-        A request to be done before it, `after` which it comes, travels with it and is answered first.
+    def post(self, message: AnyRequest, *, after: AnyRequest | None = None) -> None:
+        """Send a request that may wait, to be waited for later.
+
+        One to be done before it, `after` which it comes, travels with it; what that fails for, a later call raises.
         """
+        if after is None:
+            self._send(message)
+        else:
+            self._under_way[after.request] = _nothing
+            self._send(after, message)
+
+    def wait_parked(self, request: int, kind: type[ReplyT], timeout_s: float | None) -> ReplyT | None:
+        """The answer to what was posted; None when it took longer than `timeout_s`, and the request is taken back."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        self._send(*([message] if after is None else [after, message]))
-        if after is not None:
-            self._wait_before(message, after)
         try:
-            while message.request not in self._replies:
+            while request not in self._replies:
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
-                    if self.ask(Cancel(self.next(), message.request), Done).value:
+                    if self.ask(Cancel(self.next(), request), Done).value:
                         return None
                     break  # it was granted: the answer is there, or comes once it is on the disk
                 self._receive_or_ping(left)
         except KeyboardInterrupt:
-            self._abandoned.add(message.request)
-            self._send(Cancel(self.next(), message.request))
+            self.withdraw(request)
             raise
-        return self._wait(message.request, kind)
+        self._raise_failure()
+        return self._wait(request, kind)
+
+    def withdraw(self, request: int) -> None:
+        """Take back what was posted: rows that were given to it meanwhile are released."""
+        reply = self._replies.pop(request, None)
+        if reply is None:
+            self._abandoned.add(request)
+            self._send(Cancel(self.next(), request))
+        else:
+            self._refuse(reply)
 
     def begin(self, message: AnyRequest, on_failure: Callable[[], None], *, window: int) -> None:
         """Send a request whose answer is not waited for, unless `window` of them are under way.
@@ -124,13 +141,13 @@ class Connection:
         self._under_way[message.request] = on_failure
         self._send(message)
         while len(self._under_way) >= window:
-            self._receive(PATIENCE_S)
+            self._receive_answer()
         self._raise_failure()
 
     def flush(self) -> None:
         """Wait for the answers of all that `begin` sent. Raises what one failed for."""
         while self._under_way:
-            self._receive(PATIENCE_S)
+            self._receive_answer()
         self._raise_failure()
 
     def attach(self, fd: int) -> int:
@@ -144,15 +161,6 @@ class Connection:
 
     # -- inside ------------------------------------------------------------------------------
 
-    def _wait_before(self, message: AnyRequest, after: AnyRequest) -> None:
-        """Wait for the first answer of two; when it is a refusal, the second request is taken back."""
-        try:
-            self._wait(after.request, Done)
-        except AsyncFlowError:
-            self._abandoned.add(message.request)
-            self._send(Cancel(self.next(), message.request))
-            raise
-
     def _send(self, *messages: AnyRequest) -> None:
         try:
             self._socket.sendall(b"".join(map(frame, messages)))
@@ -161,7 +169,7 @@ class Connection:
 
     def _wait(self, request: int, kind: type[ReplyT]) -> ReplyT:
         while request not in self._replies:
-            self._receive(PATIENCE_S)
+            self._receive_answer()
         reply = self._replies.pop(request)
         if isinstance(reply, Failed):
             raise _error(reply)
@@ -170,24 +178,26 @@ class Connection:
         return reply
 
     def _receive_or_ping(self, limit_s: float | None) -> None:
-        """Take in what comes; when nothing came for long, ask whether the server is still there."""
-        if limit_s is not None and limit_s < PATIENCE_S:
-            if self._poll.poll(limit_s * 1000):
-                self._receive(None)
-        elif self._poll.poll(PATIENCE_S * 1000):
-            self._receive(None)
-        else:
+        """Take in what comes, within a limit; when nothing came for long, ask whether the server is still there."""
+        if limit_s is not None and not select.select([self._socket], [], [], min(limit_s, PATIENCE_S))[0]:
+            return
+        if not self._receive():
             self.ask(Ping(self.next()), Done)
 
-    def _receive(self, patience_s: float | None) -> None:
-        """Take in what comes. Raises `QueueLostError` when nothing did for so long, or nothing can."""
-        if patience_s is not None and not self._poll.poll(patience_s * 1000):
+    def _receive_answer(self) -> None:
+        """Take in what comes. Raises `QueueLostError` when nothing does for long."""
+        if not self._receive():
             raise QueueLostError(
                 f"the transfer queue's server (process {self.welcome.pid}) has not answered "
-                f"for {patience_s:g} s: is it stopped, or its disk?"
+                f"for {PATIENCE_S:g} s: is it stopped, or its disk?"
             )
+
+    def _receive(self) -> bool:
+        """Take in what comes within the system's time limit for this socket; false when nothing did."""
         try:
             data, ancillary, _, _ = self._socket.recvmsg(RECEIVE_BYTES, FDS_BYTES)
+        except BlockingIOError:
+            return False
         except OSError as error:
             raise self._lost(error) from error
         for level, kind, content in ancillary:
@@ -197,6 +207,7 @@ class Connection:
             raise self._lost(None)
         for reply in self._frames.feed(data):
             self._accept(reply)
+        return True
 
     def _accept(self, reply: AnyReply) -> None:
         request = reply.request
@@ -213,10 +224,13 @@ class Connection:
                 self._failure = self._failure or reply
         elif request in self._abandoned:
             self._abandoned.discard(request)
-            if isinstance(reply, Given) and reply.count:
-                self._send(Release(self.next(), request))
+            self._refuse(reply)
         else:
             self._replies[request] = reply
+
+    def _refuse(self, reply: AnyReply) -> None:
+        if isinstance(reply, Given) and reply.count:
+            self._send(Release(self.next(), reply.request))
 
     def _raise_failure(self) -> None:
         failure, self._failure = self._failure, None
@@ -229,6 +243,10 @@ class Connection:
             f"the transfer queue at {self.address} has ended{reason}. What was put and not taken is in its log, where "
             "it has one"
         )
+
+
+def _nothing() -> None:
+    """Nothing is to be undone."""
 
 
 def _error(failure: Failed) -> Exception:

@@ -164,7 +164,8 @@ def read(spec: ColumnSpec, block: NDArray[np.uint8]) -> Ragged:
     if spec.kind == Kind.DENSE:
         return Ragged(values=values, lengths=_ones(spec.num_rows), dtype=_special(spec.dtype), is_dense=True)
     lengths = _view(block, spec.lengths_at, 4 * spec.num_rows, np.dtype(np.int32)).view(np.int32)
-    if int(np.maximum(lengths, 0).sum()) != spec.num_values:
+    total = int(lengths.sum())  # the usual case; rows that are None count -1
+    if total != spec.num_values and int(np.maximum(lengths, 0).sum()) != spec.num_values:
         raise ColumnError(f"column {spec.name} is damaged: its lengths do not add up to {spec.num_values}")
     return Ragged(values=values, lengths=lengths, dtype=_special(spec.dtype))
 
@@ -262,7 +263,7 @@ def _draft(name: str, column: ColumnLike, is_shared: bool, start: int) -> Draft:
         raise ColumnError(f"column {name} can't be stored: {error}") from error
     shape = parts[0].shape[1:] if parts else ()
     num_rows = len(parts[0]) if lengths is None else len(lengths)
-    num_values = num_rows if lengths is None else int(np.maximum(lengths, 0).sum())
+    num_values = num_rows if lengths is None else sum(map(len, parts))
     spec = ColumnSpec(
         name=name,
         dtype=dtype,

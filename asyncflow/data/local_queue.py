@@ -349,7 +349,7 @@ class LocalQueue:
         return MicroBatch(rows=rows, columns=self._read(rows, names))
 
     def _read(self, rows: Rows, names: Sequence[str]) -> dict[str, Ragged]:
-        return read_columns(self.control.locate(rows, names), names, self.control.memory.arena)
+        return read_columns(self.control.locate(rows, names), names, self.control.memory.arena, is_copied=True)
 
     def _lengths(self, rows: Rows) -> IntArray:
         return self._read(rows, (TOKEN_IDS,))[TOKEN_IDS].lengths

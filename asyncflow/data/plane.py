@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,36 +70,39 @@ def read_columns(
     """
     columns: dict[str, Ragged] = {}
     for source in sources:
+        pieces = [_OpenPiece(piece, arena) for piece in source.pieces]
         for name in source.names:
-            column = join([_read_piece(piece, name, arena) for piece in source.pieces])
-            columns[name] = _copy(column) if is_copied and len(source.pieces) == 1 else column
-    if is_copied:
-        for piece in {piece.extent: piece for source in sources for piece in source.pieces}.values():
-            arena(piece.extent.arena).block(piece.extent)
+            column = join([piece.read(name) for piece in pieces])
+            columns[name] = _copy(column) if is_copied and len(pieces) == 1 else column
+    if is_copied:  # else a lease holds what is read
+        for extent in {piece.extent for source in sources for piece in source.pieces}:
+            arena(extent.arena).block(extent)
     return {name: columns[name] for name in names}
 
 
-def _read_piece(piece: Piece, name: str, arena: Callable[[int], Arena]) -> Ragged:
-    spec = next((spec for spec in piece.columns if spec.name == name), None)
-    if spec is None:
-        raise ColumnError(f"column {name} does not exist for all of these rows")
-    column = read(spec, arena(piece.extent.arena).block(piece.extent))
-    if isinstance(piece.rows, Span):
-        places: slice | NDArray[np.integer] = slice(piece.rows.start, piece.rows.stop)
-    else:
-        places = np.frombuffer(piece.rows.places, "<i4")
-    if spec.is_shared:
-        numbers = np.arange(places.start, places.stop) if isinstance(places, slice) else places
-        return select(column, numbers // piece.group_size)
-    return select(column, places)
+class _OpenPiece:
+    """Rows of one block, with its memory."""
+
+    def __init__(self, piece: Piece, arena: Callable[[int], Arena]) -> None:
+        self._block = arena(piece.extent.arena).block(piece.extent)
+        self._specs = {spec.name: spec for spec in piece.columns}
+        self._group_size = piece.group_size
+        rows = piece.rows
+        self._places = slice(rows.start, rows.stop) if isinstance(rows, Span) else np.frombuffer(rows.places, "<i4")
+
+    def read(self, name: str) -> Ragged:
+        """A column of these rows. Raises `ColumnError` when the block does not have it."""
+        spec = self._specs.get(name)
+        if spec is None:
+            raise ColumnError(f"column {name} does not exist for all of these rows")
+        column, places = read(spec, self._block), self._places
+        if spec.is_shared:
+            numbers = np.arange(places.start, places.stop) if isinstance(places, slice) else places
+            return select(column, numbers // self._group_size)
+        return select(column, places)
 
 
 def _copy(column: Ragged) -> Ragged:
     return Ragged(
         values=column.values.copy(), lengths=column.lengths.copy(), dtype=column.dtype, is_dense=column.is_dense
     )
-
-
-def token_counts(columns: Mapping[str, Ragged], name: str) -> NDArray[np.int32]:
-    """Values of a column in each row, for packing; a row that is None has none."""
-    return np.maximum(columns[name].lengths, 0)

@@ -20,7 +20,6 @@ torch tensors may be put, and `StreamingLoader` feeds them to a training loop.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -31,19 +30,19 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from asyncflow.core.errors import AsyncFlowError, QueueError, QueueFullError, QueueLostError
+from asyncflow.core.errors import AsyncFlowError, QueueError, QueueLostError
 from asyncflow.core.types import Ragged, Rows, Ticket
 from asyncflow.core.world import World
 from asyncflow.data import messages
-from asyncflow.data.arena import Arena
-from asyncflow.data.batch import Batch
+from asyncflow.data.batch import Asked, Batch
+from asyncflow.data.client_memory import ClientMemory
 from asyncflow.data.connection import Connection
 from asyncflow.data.directory import Extent
 from asyncflow.data.gate import Gate
-from asyncflow.data.layout import ColumnLike, ColumnSpec, Draft, lay_out
+from asyncflow.data.layout import ColumnLike, lay_out
 from asyncflow.data.ledger import LedgerCounts
 from asyncflow.data.log import LogMode
-from asyncflow.data.plane import Writer, read_columns
+from asyncflow.data.plane import read_columns
 from asyncflow.data.records import read_tickets, row_bytes, ticket_bytes
 from asyncflow.data.server_process import ServerSettings, start_server
 
@@ -145,7 +144,7 @@ class TransferQueue:
         Up to 16 puts are under way; `flush` waits for them. What one failed for is raised by a later call.
         """
         message = self._fill_put(columns, group_size, shared, None, timeout_s)
-        self._link.begin(message, partial(self._free, message.extent), window=WINDOW)
+        self._link.begin(message, partial(self._memory.free, message.extent), window=WINDOW)
 
     def _fill_put(
         self,
@@ -157,7 +156,7 @@ class TransferQueue:
     ) -> messages.Put:
         drafts, num_bytes, num_rows = lay_out(columns, group_size=group_size, shared=shared)
         size = group_size if ticket is None else num_rows
-        extent, specs = self._write(drafts, num_bytes, timeout_s)
+        extent, specs = self._memory.write(self._connection(), drafts, num_bytes, timeout_s)
         return messages.Put(self._link.next(), -1 if ticket is None else ticket, num_rows // size, size, extent, specs)
 
     def flush(self) -> None:
@@ -223,23 +222,43 @@ class TransferQueue:
         valid until `acknowledge`; with `copy` they are copies, to be kept and written to. A batch that is `done` is
         acknowledged in the same message.
         """
+        asked = self.ask(task, max_rows=max_rows, at_least=at_least, group_size=group_size, lease_s=lease_s, done=done)
+        return self.answer(asked, timeout_s=timeout_s, copy=copy)
+
+    def ask(
+        self,
+        task: str,
+        *,
+        max_rows: int = 1,
+        at_least: int = 1,
+        group_size: int = 1,
+        lease_s: float | None = None,
+        done: Batch | None = None,
+    ) -> Asked:
+        """The first half of `get`, which does not wait: `answer` does. What is never answered must be withdrawn."""
         link = self._connection()
-        message = messages.Take(
-            link.next(), task, -(-max_rows // group_size), -(-at_least // group_size), lease_s or 0.0
-        )
-        after = None if done is None else self._end_of(done)
-        reply = link.ask_parked(message, messages.Given, timeout_s, after=after)
+        max_groups, groups = -(-max_rows // group_size), -(-at_least // group_size)
+        message = messages.Take(link.next(), task, max_groups, groups, lease_s or 0.0)
+        link.post(message, after=None if done is None else self._end_of(done))
+        return Asked(task, message.request)
+
+    def answer(self, asked: Asked, *, timeout_s: float | None = None, copy: bool = False) -> Batch | None:
+        """The second half of `get`."""
+        reply = self._connection().wait_parked(asked.request, messages.Given, timeout_s)
         if reply is None:
-            raise TimeoutError(f"no {at_least} rows for task {task} in {timeout_s:g} s")
+            raise TimeoutError(f"not enough rows for task {asked.task} in {timeout_s:g} s")
         if not reply.count:
             return None
-        rows = self._rows(reply)
         try:
-            columns = read_columns(reply.sources, self.tasks[task], self._arena, is_copied=copy)
+            columns = read_columns(reply.sources, self.tasks[asked.task], self._memory.arena, is_copied=copy)
         except BaseException:
-            self._do(messages.Release, message.request)
+            self._do(messages.Release, asked.request)
             raise
-        return Batch(rows=rows, columns=columns, task=task, lease=message.request)
+        return Batch(rows=self._rows(reply), columns=columns, task=asked.task, lease=asked.request)
+
+    def withdraw(self, asked: Asked) -> None:
+        """Take an `ask` back; rows that it was given meanwhile are offered again."""
+        self._connection().withdraw(asked.request)
 
     def fetch(self, rows: Rows, names: Sequence[str]) -> dict[str, Ragged]:
         """Columns of rows by their handle, as copies, in the handle's order.
@@ -248,7 +267,7 @@ class TransferQueue:
         """
         link = self._connection()
         reply = link.ask(messages.Fetch(link.next(), row_bytes(rows), rows.generation, tuple(names)), messages.Given)
-        return read_columns(reply.sources, names, self._arena, is_copied=True)
+        return read_columns(reply.sources, names, self._memory.arena, is_copied=True)
 
     def write(self, rows: Rows | Batch, columns: Mapping[str, ColumnLike], *, missing_ok: bool = False) -> int:
         """Add columns to rows, in the order of the handle or batch; how many rows got them.
@@ -258,7 +277,7 @@ class TransferQueue:
         """
         handle = rows.rows if isinstance(rows, Batch) else rows
         drafts, num_bytes, _ = lay_out(columns)
-        extent, specs = self._write(drafts, num_bytes, None)
+        extent, specs = self._memory.write(self._connection(), drafts, num_bytes, None)
         return self._ask_with(
             messages.Write(self._link.next(), row_bytes(handle), handle.generation, extent, specs, missing_ok), extent
         )
@@ -311,8 +330,7 @@ class TransferQueue:
             with suppress(QueueError, OSError):
                 self.flush()
             self._link.close()
-            for arena in self._arenas.values():
-                arena.close()
+            self._memory.close()
         on_close, self._on_close = self._on_close, None
         if on_close is not None:
             on_close()
@@ -331,9 +349,8 @@ class TransferQueue:
 
     def _open(self) -> None:
         self._pid = os.getpid()
-        self._arenas: dict[int, Arena] = {}
-        self._writer: Writer | None = None
-        self._link = Connection(self.address, self._name, on_freed=self._freed, on_arena=self._hear_of)
+        self._memory = ClientMemory(self._arena_bytes)
+        self._link = Connection(self.address, self._name, on_freed=self._memory.free_at, on_arena=self._memory.hear_of)
         self._is_open = True
         self._generation = self._link.welcome.generation
 
@@ -353,46 +370,8 @@ class TransferQueue:
         except QueueLostError:
             raise
         except AsyncFlowError:
-            self._free(extent)
+            self._memory.free(extent)
             raise
-
-    def _write(
-        self, drafts: Sequence[Draft], num_bytes: int, timeout_s: float | None
-    ) -> tuple[Extent, tuple[ColumnSpec, ...]]:
-        """A block of ours with these columns, as soon as there is room."""
-        link = self._connection()
-        writer = self._writer or self._attach()
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while (written := writer.write(drafts, num_bytes)) is None:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if link.ask_parked(messages.Room(link.next()), messages.Done, left) is None:
-                raise QueueFullError(
-                    f"no room for {num_bytes:,} bytes in {timeout_s:g} s: {writer.num_free:,} of "
-                    f"{writer.arena.num_bytes:,} are free, the rest waits for the tasks {', '.join(self.tasks)}"
-                )
-        return written
-
-    def _attach(self) -> Writer:
-        """Make this connection's arena, the first time it puts something."""
-        arena = Arena.create(self._arena_bytes, 0)
-        arena.number = self._link.attach(arena.fd)
-        self._arenas[arena.number] = arena
-        self._writer = Writer(arena)
-        return self._writer
-
-    def _freed(self, offset: int, num_bytes: int) -> None:
-        if self._writer is not None:
-            self._free(Extent(self._writer.arena.number, offset, num_bytes, 0))
-
-    def _free(self, extent: Extent) -> None:
-        if self._writer is not None:
-            self._writer.free(extent)
-
-    def _hear_of(self, number: int, fd: int) -> None:
-        self._arenas[number] = Arena.attach(fd, number)
-
-    def _arena(self, number: int) -> Arena:
-        return self._arenas[number]
 
     def _rows(self, reply: messages.Given) -> Rows:
         given = reply.tickets
