@@ -15,12 +15,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from asyncflow.core.errors import InvariantError, LogDamagedError, QueueError
+from asyncflow.core.errors import ConfigError, InvariantError, LogDamagedError, QueueError
 from asyncflow.core.types import MicroBatch, Ragged, Rows, Ticket
 from asyncflow.data import records
 from asyncflow.data.gate import Gate
 from asyncflow.data.layout import ColumnSpec, join, read, select
-from asyncflow.data.ledger import Ledger, LedgerSnapshot, QueueTask
+from asyncflow.data.ledger import Ledger, LedgerSnapshot, Offer, QueueTask
 from asyncflow.data.log import Place, read_log, read_payload
 from asyncflow.data.records import AnyRecord, read_rows, read_tickets
 from asyncflow.data.tickets import TicketArray as Tickets
@@ -174,7 +174,10 @@ def _keys(rows: Rows) -> NDArray[np.int64]:
 
 
 def read_history(folder: Path, tasks: Sequence[QueueTask], gate: Gate | None) -> History:
-    """Read a log. Raises `LogDamagedError` when it can't be read, or its records contradict each other."""
+    """Read a log. Raises `LogDamagedError` when it can't be read, or its records contradict each other.
+
+    Raises `ConfigError` when it holds optimizer steps, and none of the tasks trains.
+    """
     history = History(ledger=Ledger(tasks, gate))
     for logged in read_log(folder):
         try:
@@ -204,8 +207,7 @@ def _apply(history: History, record: AnyRecord, place: Place) -> None:
             if task in ledger.tasks:
                 _finish(ledger, task, read_tickets(data))
         case records.Trained(step=step, tickets=data):
-            task = next(name for name, task in ledger.tasks.items() if task.trains)
-            _finish(ledger, task, read_tickets(data))
+            _train(history, read_tickets(data))
             history.steps[step] = record
             history.epochs[step] = len(history.opened)
         case records.Dropped(tickets=data, reason=reason):
@@ -241,6 +243,22 @@ def _carried(ledger: Ledger, carried: records.Carried) -> Ledger:
         dropped_since=tuple(map(Ticket, read_tickets(carried.dropped_since).tolist())),
     )
     return Ledger(list(ledger.tasks.values()), ledger.gate, snapshot)
+
+
+def _train(history: History, tickets: Tickets) -> None:
+    """End tickets. Tasks that the queue did not have when they were trained do not need them."""
+    ledger = history.ledger
+    task = next((name for name, task in ledger.tasks.items() if task.trains), None)
+    if task is None:
+        raise ConfigError(
+            f"the log holds optimizer steps, and none of the tasks {', '.join(ledger.tasks)} trains: name the task "
+            f"that does, which was {history.opened[-1].trains if history.opened else ''!r}"
+        )
+    _finish(ledger, task, tickets)
+    known = history.opened[-1].tasks if history.opened else ledger.tasks
+    for name in ledger.tasks.keys() - known.keys() - {task}:
+        held = tickets[ledger.is_in_use(tickets)]
+        _finish(ledger, name, held[ledger.offered(name, held) != Offer.DONE])
 
 
 def _finish(ledger: Ledger, task: str, tickets: Tickets) -> None:
@@ -285,6 +303,28 @@ def tasks_of(folder: Path) -> tuple[list[QueueTask], Mapping[str, int]]:
 
 def pending_blocks(history: History) -> list[StoredBlock]:
     """The blocks of which some task still needs a ticket, in the order in which they were put."""
+    found = dict.fromkeys(history.blocks[ticket] for ticket in _held(history))
+    return sorted(found, key=lambda block: (block.place.segment, block.place.record))
+
+
+def holds(history: History, block: StoredBlock) -> NDArray[np.bool_]:
+    """Of which of its tickets a block has the rows that some task still needs; not of those put again since."""
+    tickets = np.arange(block.first, block.first + block.count)
+    is_own = [history.blocks.get(ticket) is block for ticket in tickets.tolist()]
+    return history.ledger.is_in_use(tickets) & np.array(is_own, np.bool_)
+
+
+def pending_writes(history: History) -> list[tuple[StoredWrite, NDArray[np.bool_]]]:
+    """The writes of which some task still needs a row, and which rows: none of a ticket issued again since."""
+    tickets: dict[StoredWrite, list[int]] = {}
+    for ticket in _held(history):
+        for write in history.writes.get(ticket, []):
+            tickets.setdefault(write, []).append(ticket)
+    return [(write, np.isin(write.rows.tickets, held)) for write, held in tickets.items()]
+
+
+def _held(history: History) -> list[int]:
+    """The tickets whose rows some task still needs."""
     tickets = np.arange(history.ledger.oldest, history.ledger.num_admitted)
-    held = tickets[history.ledger.is_in_use(tickets)]
-    return list(dict.fromkeys(history.blocks[ticket] for ticket in held.tolist()))
+    held: list[int] = tickets[history.ledger.is_in_use(tickets)].tolist()
+    return held

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -17,17 +16,15 @@ from typing import TypeVar
 import numpy as np
 
 from asyncflow.core.columns import TOKEN_IDS
-from asyncflow.core.errors import QueueFullError
 from asyncflow.core.types import IntArray, MicroBatch, PolicyVersion, Ragged, Rows, Ticket
-from asyncflow.data.arena import Arena
 from asyncflow.data.control import ControlPlane
-from asyncflow.data.directory import Extent
 from asyncflow.data.gate import Gate
-from asyncflow.data.layout import ColumnSpec, Draft, lay_out
+from asyncflow.data.layout import lay_out
 from asyncflow.data.ledger import Ledger, LedgerCounts, LedgerSnapshot, QueueTask
+from asyncflow.data.local_memory import LocalMemory
 from asyncflow.data.log import Log, NoLog
 from asyncflow.data.packing import assign, pack
-from asyncflow.data.plane import Writer, read_columns
+from asyncflow.data.plane import read_columns
 from asyncflow.data.records import Checkpointed
 from asyncflow.data.sessions import ParkedReserve, ParkedTake, Taken
 from asyncflow.data.tickets import TicketArray, Tickets, as_array
@@ -63,10 +60,8 @@ class LocalQueue:
         """Begins empty, where a checkpoint's `snapshot` left off, or as the `control` plane of a log stands."""
         first = min(snapshot.pending, default=Ticket(snapshot.admitted)) if snapshot else Ticket(0)
         self.control = control or ControlPlane(Ledger(tasks, gate, snapshot), log or NoLog(), first_ticket=first)
-        self._session = self.control.open_session("this process", self._free)
-        arena = self.control.memory.attach(self._session, lambda number: Arena.create(memory_bytes, number))
-        self._writer = Writer(arena)
-        self._rooms: deque[asyncio.Future[None]] = deque()
+        self._memory = LocalMemory(self.control, memory_bytes)
+        self._session = self._memory.session
         self._num_leases = 0
 
     # -- producers ---------------------------------------------------------------------------
@@ -96,21 +91,24 @@ class LocalQueue:
     async def put(self, ticket: Ticket, columns: Mapping[str, Ragged]) -> None:
         """Hand in the group of a ticket, with the columns that exist already. Returns when it is durable.
 
-        Waits for room where there is none. Raises `QueueFullError` when none can ever come.
+        Waits for room where there is none, or where older groups that are still being rolled out need
+        it first: the trainer waits for those. Raises `QueueFullError` when none can ever come.
         """
         drafts, num_bytes, num_rows = lay_out(columns)
-        extent, specs = await self._write(drafts, num_bytes)
+        extent, specs = await self._memory.room_for_put(ticket, drafts, num_bytes)
         done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         try:
             self.control.put(self._session, ticket, 1, num_rows, extent, specs, lambda first: _settle(done, first))
         except BaseException:
-            self._free(extent)
+            self._memory.free(extent)
             raise
+        self._memory.changed()
         await done
 
     def drop(self, ticket: Ticket, reason: str) -> None:
         """Give a ticket up for a stated reason; another group may start in its place."""
         self.control.drop(self._session, np.array([ticket]), reason)
+        self._memory.changed()
 
     def dispatch(self, ticket: Ticket, prompt: str, num_tokens: int) -> None:
         """Note in the log which prompt a ticket is, and how many tokens it has."""
@@ -201,20 +199,18 @@ class LocalQueue:
             if len(held):
                 yield self._batch(lease, held)
 
-    def write(self, batch: MicroBatch, column: str, values: Ragged) -> None:
+    async def write(self, lease: Lease, batch: MicroBatch, column: str, values: Ragged) -> None:
         """Add a column to the rows of a batch, in the batch's order. Rows dropped meanwhile are passed over.
 
-        Raises `QueueFullError` when there is no room for it.
+        `lease` is the one under which the batch was taken. Waits for room where there is none: for the
+        memory that only writes may use, and before all puts. Raises `QueueFullError` when none can ever come.
         """
         drafts, num_bytes, _ = lay_out({column: values})
-        written = self._writer.write(drafts, num_bytes)
-        if written is None:
-            raise QueueFullError(self._full(num_bytes))
-        extent, specs = written
+        session, extent, specs = await self._memory.room_for_write(lease.number, drafts, num_bytes)
         try:
-            self.control.write(self._session, batch.rows, extent, specs, _ignore, missing_ok=True)
+            self.control.write(session, batch.rows, extent, specs, _ignore, missing_ok=True)
         except BaseException:
-            self._free(extent)
+            self._memory.free(extent)
             raise
 
     async def acknowledge(self, lease: Lease, *, step: int = 0, threads: Sequence[int] = ()) -> None:
@@ -223,6 +219,7 @@ class LocalQueue:
         For the training task this ends the tickets, with the step that made version `step`.
         """
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.control.leases.open(self._session, lease.task, lease.number)  # it may have taken nothing
         self.control.acknowledge(
             self._session,
             lease.number,
@@ -232,7 +229,7 @@ class LocalQueue:
             threads=threads,
         )
         lease.batches = []
-        self.control.leases.open(self._session, lease.task, lease.number)
+        self._memory.changed()
         await done
 
     def begin_step(self, step: int) -> None:
@@ -241,9 +238,10 @@ class LocalQueue:
 
     def release(self, lease: Lease) -> None:
         """The consumer gives back all it took: it is offered again."""
+        self.control.leases.open(self._session, lease.task, lease.number)
         self.control.release(self._session, lease.number)
         lease.batches = []
-        self.control.leases.open(self._session, lease.task, lease.number)
+        self._memory.changed()
 
     # -- looking in --------------------------------------------------------------------------
 
@@ -273,32 +271,10 @@ class LocalQueue:
     def close(self) -> None:
         """Give the memory back. May be called twice."""
         if self._session.is_open:
-            self.control.close_session(self._session)
+            self._memory.close()
             self.control.close()
 
     # -- inside ------------------------------------------------------------------------------
-
-    async def _write(self, drafts: Sequence[Draft], num_bytes: int) -> tuple[Extent, tuple[ColumnSpec, ...]]:
-        written = self._writer.write(drafts, num_bytes)
-        while written is None:
-            if self.control.is_stuck:
-                raise QueueFullError(self._full(num_bytes))
-            room: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._rooms.append(room)
-            await room
-            written = self._writer.write(drafts, num_bytes)
-        return written
-
-    def _full(self, num_bytes: int) -> str:
-        return (
-            f"the transfer queue has no room for {num_bytes:,} bytes: {self._writer.num_free:,} of "
-            f"{self._writer.arena.num_bytes:,} are free ({self.control.waiting_for()}). Raise queue.memory_mb"
-        )
-
-    def _free(self, extent: Extent) -> None:
-        self._writer.free(extent)
-        while self._rooms:
-            _settle(self._rooms.popleft(), None)
 
     async def _take(
         self,
@@ -328,6 +304,8 @@ class LocalQueue:
                 at_least=at_least,
                 limit=limit,
             )
+            if parked is not None:
+                self._memory.take_waits(held)
             taken = await answer
         except asyncio.CancelledError:
             # The groups may have been granted in the same turn of the loop that cancelled us.
@@ -336,6 +314,8 @@ class LocalQueue:
             elif parked is not None:
                 self.control.cancel(parked)
             raise
+        finally:
+            self._memory.take_ends(held)
         return np.unique(as_array(taken.tickets))
 
     def _rows_still_here(self, tickets: TicketArray) -> Rows:
@@ -355,10 +335,9 @@ class LocalQueue:
         return self._read(rows, (TOKEN_IDS,))[TOKEN_IDS].lengths
 
     def _num_fitting(self, tickets: TicketArray, max_tokens: int) -> int:
-        """How many of the groups have so many tokens together."""
-        rows = self.control.rows_of(tickets)
-        ends = np.searchsorted(rows.tickets, tickets, side="right")
-        tokens = np.cumsum(self._lengths(rows))[ends - 1]
+        """How many of the groups, in this order, have so many tokens together."""
+        ends = np.cumsum(self.control.directory.group_sizes(tickets))
+        tokens = np.cumsum(self._lengths(self.control.rows_of(tickets)))[ends - 1]
         return int(np.searchsorted(tokens, max_tokens, side="right"))
 
 

@@ -14,13 +14,14 @@ from asyncflow.data import records
 from asyncflow.data.arena import FIRST_BYTES, HEADER_BYTES, Arena
 from asyncflow.data.control import ControlPlane
 from asyncflow.data.gate import Gate
-from asyncflow.data.history import History, StoredBlock, StoredWrite, pending_blocks, read_history
+from asyncflow.data.history import History, StoredBlock, holds, pending_blocks, pending_writes, read_history
 from asyncflow.data.layout import ALIGNMENT_BYTES
 from asyncflow.data.ledger import Ledger, QueueTask, State
 from asyncflow.data.log import Log, read_payload
 from asyncflow.data.plane import Writer
 from asyncflow.data.tickets import TicketArray
 
+NEVER_PUT = "never put"
 NEVER_PRODUCED = "it was not finished when the run ended"
 TOO_OLD = "too old for the bound of the resumed run"
 
@@ -35,21 +36,34 @@ def open_control(
 
 
 def restore(history: History, log: Log, *, restored_step: int = 0, wall_clock: str = "") -> ControlPlane:
-    """Go on from a history. Groups that would be too old by the ledger's gate are rolled out again."""
+    """Go on from a history. Groups that would be too old by the ledger's gate are rolled out again.
+
+    In a queue without a gate nobody issues tickets again: those that were never put are dropped.
+    """
     ledger = history.ledger
     blocks = pending_blocks(history)
     pending = ledger.pending()
     first = min([block.first for block in blocks] + pending.tolist(), default=ledger.num_admitted)
     epoch = len(history.opened) + 1
-    control = ControlPlane(ledger, log, generation=epoch, first_ticket=first)
+    control = ControlPlane(ledger, log, generation=secrets.randbits(31), first_ticket=first)
     carried = None if history.opened else carry(ledger)
     control.note(opened(ledger, epoch, restored_step, wall_clock, carried))
     _load(control, history, blocks)
     ledger.mark_redelivered(np.arange(ledger.oldest, ledger.num_admitted))
-    unfinished = pending[ledger.state_of(pending) == State.ADMITTED]
-    control.issue_again(unfinished, NEVER_PRODUCED)
+    states = ledger.state_of(pending)
+    if ledger.gate is None:
+        _drop(control, pending[states != State.PRODUCED], NEVER_PUT)
+        return control
+    control.issue_again(pending[states == State.ADMITTED], NEVER_PRODUCED)
     control.issue_again(_too_old(control, ledger), TOO_OLD)
     return control
+
+
+def _drop(control: ControlPlane, tickets: TicketArray, reason: str) -> None:
+    if len(tickets):
+        session = control.open_session("the log", lambda extent: None)
+        control.drop(session, tickets, reason)
+        control.close_session(session)
 
 
 def opened(
@@ -87,12 +101,8 @@ def carry(ledger: Ledger) -> records.Carried | None:
 
 def _load(control: ControlPlane, history: History, blocks: Sequence[StoredBlock]) -> None:
     """Copy what is still needed from the disk into an arena of the control plane's own."""
-    ledger = history.ledger
-    writes: dict[int, StoredWrite] = {}
-    for block in blocks:
-        for ticket in range(block.first, block.first + block.count):
-            writes.update({id(write): write for write in history.writes.get(ticket, [])})
-    places = [*(block.place for block in blocks), *(write.place for write in writes.values())]
+    writes = pending_writes(history)
+    places = [*(block.place for block in blocks), *(write.place for write, _ in writes)]
     if not places:
         return
     total = sum(-(-place.length // ALIGNMENT_BYTES) * ALIGNMENT_BYTES + HEADER_BYTES for place in places)
@@ -104,9 +114,8 @@ def _load(control: ControlPlane, history: History, blocks: Sequence[StoredBlock]
         control.directory.add(block.first, block.count, block.group_size, extent, block.columns)
         control.memory.keep(extent, block.columns)
         tickets = np.arange(block.first, block.first + block.count)
-        control.directory.free(tickets[~ledger.is_in_use(tickets)])
-    for write in writes.values():
-        is_held = ledger.is_in_use(write.rows.tickets)
+        control.directory.free(tickets[~holds(history, block)])
+    for write, is_held in writes:
         extent = writer.copy(read_payload(write.place))
         control.directory.add_late(write.rows[is_held], extent, write.columns, write.order[is_held])
         control.memory.keep(extent, write.columns)

@@ -46,7 +46,8 @@ async def advantage_stage(queue: LocalQueue, advantages: Advantages, *, drop_no_
                 queue.drop(ticket, reason=NO_SIGNAL)
             else:
                 values = advantages(rewards).astype(np.float32)
-                queue.write(group, ADVANTAGE, Ragged(values=values, lengths=np.ones(len(values), np.int32)))
+                column = Ragged(values=values, lengths=np.ones(len(values), np.int32))
+                await queue.write(lease, group, ADVANTAGE, column)
         await queue.acknowledge(lease)
 
 
@@ -70,7 +71,7 @@ async def reference_stage(queue: LocalQueue, reference: Scorer, *, max_tokens: i
     while True:
         async for batch in queue.stream_ready(lease, max_tokens=max_tokens):
             values = await reference.logprobs(batch)
-            queue.write(batch, REF_LOGPROBS, Ragged(values=values, lengths=batch.lengths))
+            await queue.write(lease, batch, REF_LOGPROBS, Ragged(values=values, lengths=batch.lengths))
         await queue.acknowledge(lease)
 
 

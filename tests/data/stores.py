@@ -90,7 +90,9 @@ class LocalStore:
         return None if batch is None else Got(rows=batch.rows, columns=batch.columns, lease=lease)
 
     def write(self, rows: Rows, name: str, column: ColumnLike) -> None:
-        self.queue.write(MicroBatch(rows=rows, columns={}), name, column)  # type: ignore[arg-type]
+        lease = Lease(task="writer", number=-1)  # there is room, so nobody asks under which it waits
+        batch = MicroBatch(rows=rows, columns={})
+        self.runner.run(self.queue.write(lease, batch, name, column))  # type: ignore[arg-type]
 
     def fetch(self, rows: Rows, names: Sequence[str]) -> Mapping[str, Ragged]:
         control = self.queue.control
@@ -111,7 +113,7 @@ class LocalStore:
         return self.queue.counts()
 
     def num_free(self) -> int:
-        return self.queue._writer.num_free
+        return self.queue._memory._writer.num_free
 
     def close(self) -> None:
         self.queue.close()

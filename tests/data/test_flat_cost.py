@@ -62,7 +62,7 @@ class Bench:
 
     def put(self, num_rows: int) -> None:
         drafts, num_bytes, _ = lay_out({"x": np.zeros(num_rows, np.uint8)})
-        written = self.queue._writer.write(drafts, num_bytes)
+        written = self.queue._memory._writer.write(drafts, num_bytes)
         assert written is not None
         self.control.put(self.session, None, num_rows, 1, *written, lambda first: None)
 
@@ -76,7 +76,7 @@ class Bench:
 
     def write(self, rows: Rows) -> None:
         drafts, num_bytes, _ = lay_out({"late": np.zeros(len(rows), np.uint8)})
-        written = self.queue._writer.write(drafts, num_bytes)
+        written = self.queue._memory._writer.write(drafts, num_bytes)
         assert written is not None
         self.control.write(self.session, rows, *written, lambda count: None, missing_ok=False)
 

@@ -82,7 +82,7 @@ def test_a_task_is_offered_a_group_when_its_columns_exist_and_not_before() -> No
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(1):
                 await queue.take(train, max_groups=8)
-        queue.write(batch, "advantage", ones(2))
+        await queue.write(score, batch, "advantage", ones(2))
         trained = await queue.take(train, max_groups=8)
         assert trained["token_ids"].tolist() == [0] * 5
         assert trained["advantage"].tolist() == [1.0, 1.0]
@@ -271,10 +271,11 @@ def test_wrong_use_is_refused_with_a_reason() -> None:
         await queue.put(ticket, group(ticket, 1, 1))
         with pytest.raises(QueueError, match="ticket 0 is not reserved"):
             await queue.put(ticket, group(ticket, 1, 1))
-        batch = await queue.take(queue.lease("score"), max_groups=1)
-        queue.write(batch, "advantage", ones(2))
+        score = queue.lease("score")
+        batch = await queue.take(score, max_groups=1)
+        await queue.write(score, batch, "advantage", ones(2))
         with pytest.raises(ColumnError, match="a column is written once"):
-            queue.write(batch, "advantage", ones(2))
+            await queue.write(score, batch, "advantage", ones(2))
         lease = queue.lease("train")
         await queue.take(lease, max_groups=1)
         with pytest.raises(LedgerError, match="being trained"):
