@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,14 +28,16 @@ from asyncflow.data.directory import Directory, Extent, Source
 from asyncflow.data.journal import Journal
 from asyncflow.data.layout import ColumnSpec
 from asyncflow.data.leases import RETURNED, Leases, waiting_for
-from asyncflow.data.ledger import Ledger, LedgerCounts, LedgerSnapshot
+from asyncflow.data.ledger import Ledger, LedgerCounts, LedgerSnapshot, Offer
 from asyncflow.data.log import Log
-from asyncflow.data.memory import Memory
+from asyncflow.data.memory import Memory, check_groups
 from asyncflow.data.plane import read_columns
 from asyncflow.data.sessions import Lease, ParkedReserve, ParkedTake, Session
 from asyncflow.data.tickets import Tickets, as_array
 
 CLEARED = "cleared"
+ROW_BYTES = 16
+"""Of a row in the record of a write."""
 
 
 class ControlPlane:
@@ -67,12 +70,16 @@ class ControlPlane:
         session.is_open = False
         self._sessions.discard(session)
         self._reserves = deque(parked for parked in self._reserves if parked.session is not session)
-        self.leases.close_session(session)
-        if session.reserved:
-            self._return(np.array(sorted(session.reserved), np.int64), "its producer was lost")
-            session.reserved.clear()
-        self.memory.close_when_unused(session)
-        self.settle()
+        with ExitStack() as rest:  # all of it, the last first, whatever fails
+            rest.callback(self.settle)
+            rest.callback(self.memory.close_when_unused, session)
+            rest.callback(self._return_reserved, session)
+            rest.callback(self.leases.close_session, session)
+
+    def _return_reserved(self, session: Session) -> None:
+        reserved, session.reserved = np.array(sorted(session.reserved), np.int64), set()
+        if len(reserved):
+            self._return(reserved, "its producer was lost")
 
     # -- producers ---------------------------------------------------------------------------
 
@@ -98,9 +105,10 @@ class ControlPlane:
         Without a gate, tickets are given out here; with one, `ticket` was reserved before.
         """
         payload = self.memory.check_block(session, extent, columns)
-        rows = {spec.num_rows * group_size if spec.is_shared else spec.num_rows for spec in columns}
-        if min(count, group_size) < 1 or rows != {count * group_size}:
-            raise ColumnError(f"{count} groups of {group_size} rows were put with columns of {sorted(rows)} rows")
+        check_groups(count, group_size, columns)
+        self.journal.check(num_bytes=0, payload_bytes=len(payload))
+        names = [spec.name for spec in columns]
+        self.ledger.check_columns(names)
         if ticket is None:
             if self.ledger.gate is not None:
                 raise QueueError("this queue has a gate: reserve a ticket, then put its group")
@@ -108,10 +116,12 @@ class ControlPlane:
             self.journal.note(lambda: records.Admitted(first=first, count=count, live_step=-1))
         elif ticket not in session.reserved:
             raise QueueError(f"ticket {ticket} is not reserved by {session.name}")
+        elif count != 1:
+            raise QueueError(f"a reserved ticket is one group; {count} were put for ticket {ticket}")
         else:
             first = ticket
-            session.reserved.discard(ticket)
-        self.ledger.produce(first, count, group_size, [spec.name for spec in columns])
+        self.ledger.produce(first, count, group_size, names)
+        session.reserved.discard(first)
         self.directory.add(first, count, group_size, extent, columns)
         self.memory.keep(extent, columns)
         self.journal.note(
@@ -140,7 +150,9 @@ class ControlPlane:
             session.free(extent)
             self.journal.when_safe(lambda: done(0))
             return
+        self.journal.check(num_bytes=ROW_BYTES * len(rows), payload_bytes=len(payload))
         tickets, counts = np.unique(rows.tickets, return_counts=True)
+        self.ledger.check_write(tickets, counts, [spec.name for spec in columns])
         for spec in columns:
             self.ledger.write(tickets, counts, spec.name)
         self.directory.add_late(rows, extent, columns, order)
@@ -160,9 +172,7 @@ class ControlPlane:
             raise StaleHandleError(f"{np.count_nonzero(~is_there)} of the {len(rows)} rows are no longer in the queue")
         order = np.flatnonzero(is_there).astype(np.int32)
         rows = rows[order]
-        sizes = self.directory.group_sizes(rows.tickets)
-        if np.any(rows.indices < 0) or np.any(rows.indices >= sizes):
-            raise StaleHandleError("a handle names rows that its groups do not have")
+        self.directory.check_rows(rows)
         for name in names:
             is_written = self.directory.is_written(rows, name)
             if is_written.any():  # a consumer was lost after it had written; the first value stays
@@ -176,29 +186,45 @@ class ControlPlane:
 
     def drop(self, session: Session, tickets: Tickets, reason: str) -> None:
         """Give tickets up for a stated reason; other groups may start in their place."""
+        self.journal.check_text(reason)
+        tickets = np.unique(as_array(tickets))
         self.ledger.drop(tickets, reason)
         for owner in self._sessions:
-            owner.reserved.difference_update(as_array(tickets).tolist())
-        self.journal.note(lambda: records.Dropped(tickets=records.ticket_bytes(tickets), reason=reason))
-        self.memory.free(self.directory.free(tickets, oldest=self.ledger.oldest))
+            owner.reserved.difference_update(tickets.tolist())
+        self._let_go_dropped(tickets, reason)
         self.settle()
+
+    def _let_go_dropped(self, tickets: Tickets, reason: str) -> None:
+        self.journal.note_tickets(tickets, lambda part: records.Dropped(tickets=part, reason=reason))
+        self.memory.free(self.directory.free(tickets, oldest=self.ledger.oldest))
 
     def clear(self) -> None:
         """Drop everything that is in the queue; leases on it are void, and memory comes back as they end."""
         for session in self._sessions:
             session.reserved.clear()
-            for lease in list(session.leases.values()):
-                self.leases.end(session, lease)
+            self.leases.clear(session)
         self.memory.forget_types()
         tickets = self.ledger.pending()
         if len(tickets):
             self.ledger.drop(tickets, CLEARED, also_trained=True)
-            self.journal.note(lambda: records.Dropped(tickets=records.ticket_bytes(tickets), reason=CLEARED))
-            self.memory.free(self.directory.free(tickets, oldest=self.ledger.oldest))
+            self._let_go_dropped(tickets, CLEARED)
+        self._clear_trained()
         self.settle()
+
+    def _clear_trained(self) -> None:
+        """What is trained and not done with for another task is done with."""
+        trained = self.ledger.left_over()
+        left = {name: trained[self.ledger.offered(name, trained) != Offer.DONE] for name in self.ledger.tasks}
+        for name, tickets in left.items():
+            if len(tickets):
+                self.ledger.lease(name, tickets)
+                _, free = self.ledger.acknowledge(name, tickets)
+                self.leases.note_done(name, tickets)
+                self.memory.free(self.directory.free(free, oldest=self.ledger.oldest))
 
     def dispatch(self, ticket: int, prompt: str, num_tokens: int) -> None:
         """Note which prompt a ticket is."""
+        self.journal.check_text(prompt)
         self.journal.note(lambda: records.Dispatched(ticket=ticket, prompt=prompt, num_tokens=num_tokens))
 
     def finish(self) -> None:
@@ -208,6 +234,7 @@ class ControlPlane:
 
     def advance(self, version: PolicyVersion) -> None:
         """The rollout engines serve this version now."""
+        self.journal.check_text(version.lineage, version.fingerprint)
         self.ledger.advance(version.step)
         self.journal.note(
             lambda: records.Live(step=version.step, lineage=version.lineage, fingerprint=version.fingerprint)
@@ -262,6 +289,7 @@ class ControlPlane:
     def locate(self, rows: Rows, names: Sequence[str]) -> tuple[Source, ...]:
         """Where columns of rows lie. Raises `StaleHandleError`."""
         self.check_generation(rows)
+        self.directory.check_rows(rows)
         return self.directory.locate(rows, names)
 
     def rows_of(self, tickets: Tickets) -> Rows:
@@ -276,7 +304,7 @@ class ControlPlane:
 
     def _return(self, tickets: Tickets, reason: str) -> None:
         self.ledger.readmit(tickets)
-        self.journal.note(lambda: records.Reissued(tickets=records.ticket_bytes(tickets), reason=reason))
+        self.journal.note_tickets(tickets, lambda part: records.Reissued(tickets=part, reason=reason))
 
     # -- taking up a log ---------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from asyncflow.core.errors import LedgerError, StaleHandleError
 from asyncflow.core.types import Rows
 from asyncflow.data.layout import ColumnSpec
-from asyncflow.data.tickets import TicketArray, Tickets, as_array, places
+from asyncflow.data.tickets import TicketArray, Tickets, as_array, places, reach_before
 from asyncflow.data.window import Window
 
 NOWHERE = -1
@@ -156,6 +156,8 @@ class Directory:
 
     def common_size(self, tickets: Tickets) -> int:
         """Rows of each of these groups; 0 where they differ, or are not here."""
+        if reach_before(tickets, self._tickets.base):
+            return 0
         sizes = self._tickets["size"][places(tickets, self._tickets.base)]
         size = int(sizes[0]) if len(sizes) else 1
         return size if (sizes == size).all() else 0
@@ -165,6 +167,12 @@ class Directory:
         self._check(tickets)
         sizes: NDArray[np.int32] = self._tickets["size"][tickets - self._tickets.base].astype(np.int32)
         return sizes
+
+    def check_rows(self, rows: Rows) -> None:
+        """Raise `StaleHandleError` for rows that are not here, or that their groups do not have."""
+        sizes = self.group_sizes(rows.tickets)
+        if (rows.indices < 0).any() or (rows.indices >= sizes).any():
+            raise StaleHandleError("a handle names rows that its groups do not have")
 
     def block_of(self, tickets: Tickets) -> Block | None:
         """The block in which consecutive groups lie, all of them; None where there is no such block."""

@@ -16,19 +16,19 @@ all its tickets at once, so its cost depends on them and not on how many others 
 from __future__ import annotations
 
 from bisect import insort
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from asyncflow.core.errors import LeaseLostError, LedgerError, StaleHandleError
+from asyncflow.core.errors import LedgerError, StaleHandleError
 from asyncflow.core.types import Ticket
+from asyncflow.data.column_book import ColumnBook
 from asyncflow.data.gate import Gate
 from asyncflow.data.ledger_types import LedgerCounts, LedgerSnapshot, Offer, QueueTask, State
-from asyncflow.data.ranks import ColumnBits, Ranks
+from asyncflow.data.ranks import Endings, Ranks
 from asyncflow.data.task_line import TaskLine
-from asyncflow.data.tickets import TicketArray, Tickets, as_array, places
+from asyncflow.data.tickets import TicketArray, Tickets, as_array, first_place, places, reach_before, some
 from asyncflow.data.window import Window
 
 __all__ = ["Ledger", "LedgerCounts", "LedgerSnapshot", "Offer", "QueueTask", "State"]
@@ -51,13 +51,14 @@ class Ledger:
         self.tasks = {task.name: task for task in tasks}
         self.live_step: int | None = None
         self.train_step = 0
-        self._columns = ColumnBits()
-        self._late: set[str] = set()
+        self.last_step: int | None = None  # the version that the last acknowledged step made, where that is known
+        self._columns = ColumnBook()
         self._states = {one.name: TaskLine(one, self._columns.mask(one.needs), gate is not None) for one in tasks}
         self._training = next((task.name for task in tasks if task.trains), None)
         snapshot = snapshot or LedgerSnapshot(admitted=0, trained=0, dropped={}, pending=())
-        self._dropped = Counter(dict(snapshot.dropped))
-        self._trained = snapshot.trained
+        self._endings = Endings(snapshot)
+        for state in self._states.values():
+            state.num_whole = state.num_done = snapshot.trained
         oldest = min(snapshot.pending, default=Ticket(snapshot.admitted))
         self._window = Window(
             {"state": (np.uint8, _TRAINED), "rows": (np.int32, 0), "undone": (np.uint8, 0)}
@@ -65,7 +66,7 @@ class Ledger:
             | {f"offer {name}": (np.uint8, _INCOMPLETE) for name in self.tasks},
             base=oldest,
         )
-        self._ranks = Ranks(snapshot.dropped_since, num_before=self._dropped.total() - len(snapshot.dropped_since))
+        self._ranks = Ranks(snapshot.dropped_since, num_before=self._endings.num_dropped - len(snapshot.dropped_since))
         self._oldest = int(oldest)  # no ticket before it is pending
         self._window.extend(snapshot.admitted - oldest)
         self._set_state(np.array(snapshot.dropped_since, np.int64), _DROPPED)
@@ -119,23 +120,21 @@ class Ledger:
         """Issue tickets again whose rollout was lost, or whose rows can't be used; what tasks did with them is void."""
         self._check_pending(tickets)
         self._withdraw(tickets)
-        window, here = self._window, places(tickets, self._window.base)
-        window["rows"][here] = 0
-        window["full"][here] = 0
-        for name in self._late:
-            window[f"rows with {name}"][here] = 0
+        self._columns.forget(self._window, tickets)
         self._set_state(tickets, _RETURNED)
         for ticket in as_array(tickets).tolist():
             if ticket not in self._returned:
                 insort(self._returned, ticket)
 
     def is_settled(self) -> bool:
-        """Whether no rollout is under way or may begin under the live weights: every group's rows are whole."""
-        if self.live_step is None or self.may_admit():
+        """Whether no rollout is under way or, with a gate, may begin under the live weights: all groups are whole."""
+        if self.gate is not None and (self.live_step is None or self.may_admit()):
             return self.live_step is None
         pending = self.pending()  # what may not be issued again yet waits for newer weights, and nobody for it
         begun = pending[self._window["state"][pending - self._window.base] != State.RETURNED]
-        return bool((self.offered(self._training or "", begun) >= _READY).all())
+        if self._training is None:  # whoever writes columns for later tasks decides when they are whole
+            return bool((self._window["state"][begun - self._window.base] == _PRODUCED).all())
+        return bool((self.offered(self._training, begun) >= _READY).all())
 
     def advance(self, live_step: int) -> None:
         """The rollout engines serve the weights of `live_step` from now on."""
@@ -145,7 +144,11 @@ class Ledger:
 
     # -- columns -----------------------------------------------------------------------------
 
-    def produce(self, first: int, count: int, group_size: int, columns: Iterable[str]) -> None:
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Raise `ColumnError` where the queue can't have these as well."""
+        self._columns.mask(columns)
+
+    def produce(self, first: int, count: int, group_size: int, columns: Collection[str]) -> None:
         """The groups of consecutive tickets exist, with these columns for all their rows."""
         window, mask = self._window, self._columns.mask(columns)
         here, states = slice(first - window.base, first - window.base + count), window.raw["state"]
@@ -158,33 +161,20 @@ class Ledger:
         for state in self._states.values():
             if state.mask & ~mask == 0:
                 window.raw[state.offers][here] = bytes([_READY]) * count
+                state.num_whole += count
                 state.add_range(range(first, first + count))
 
-    def write(self, tickets: TicketArray, num_rows: NDArray[np.integer], column: str) -> None:
-        """So many more rows of some groups, each named once, have a column."""
-        bit, window, here = np.uint64(self._columns.mask((column,))), self._window, tickets - self._window.base
-        if column not in self._late:
-            self._late.add(column)
-            window.add(f"rows with {column}", np.int32, 0)
-        written = window[f"rows with {column}"]
-        if (window["full"][here] & bit).any() or (written[here] + num_rows > window["rows"][here]).any():
-            raise LedgerError(f"column {column} of tickets {_some(tickets)} was written twice")
-        written[here] += num_rows
-        complete = tickets[written[here] == window["rows"][here]]
-        window["full"][complete - window.base] |= bit
-        self._offer(complete, int(bit))
+    def check_write(self, tickets: TicketArray, num_rows: NDArray[np.integer], columns: Collection[str]) -> None:
+        """Raise `ColumnError` unless so many more rows of some groups can have these columns."""
+        self._columns.check(self._window, tickets, num_rows, columns)
 
-    def _offer(self, tickets: TicketArray, bit: int) -> None:
-        """Offer groups to the tasks for which the column of this bit was the last one missing."""
-        window, here = self._window, tickets - self._window.base
+    def write(self, tickets: TicketArray, num_rows: NDArray[np.integer], column: str) -> None:
+        """So many more rows of some groups, each named once, have a column. Raises like `check_write`."""
+        window, bit = self._window, self._columns.mask((column,))
+        complete = self._columns.write(window, tickets, num_rows, column)
         for state in self._states.values():
-            if state.mask & bit == 0:
-                continue
-            needs, offers = np.uint64(state.mask), window[state.offers]
-            ready = tickets[(window["full"][here] & needs == needs) & (offers[here] == _INCOMPLETE)]
-            if len(ready):
-                offers[ready - window.base] = _READY
-                state.add(ready)
+            if state.mask & bit:
+                state.offer(complete, window["full"], window[state.offers], window.base)
 
     def drop(self, tickets: Tickets, reason: str, *, also_trained: bool = False) -> None:
         """Give tickets up, with `also_trained` those too that are being trained. What tasks hold of them is void."""
@@ -192,23 +182,21 @@ class Ledger:
         window, here = self._window, places(tickets, self._window.base)
         for state in self._states.values():
             if state.task.trains and not also_trained and (window[state.offers][here] >= _LEASED).any():
-                raise LedgerError(f"tickets {_some(tickets)} can't be dropped: they are being trained")
+                raise LedgerError(f"tickets {some(tickets)} can't be dropped: they are being trained")
         self._withdraw(tickets)
         self._set_state(tickets, _DROPPED)
         for ticket in as_array(tickets).tolist():
             self._ranks.drop(ticket)
             if self._returned and ticket in self._returned:
                 self._returned.remove(ticket)
-        self._dropped[reason] += len(tickets)
+        self._endings.drop(len(tickets), reason)
         self._forget()
 
     def _withdraw(self, tickets: Tickets) -> None:
         """No task is offered these any longer."""
         here = places(tickets, self._window.base)
         for state in self._states.values():
-            offers = self._window[state.offers]
-            state.num_ready -= int(np.count_nonzero(offers[here] == _READY))
-            offers[here] = _INCOMPLETE
+            state.withdraw(self._window[state.offers], here)
         self._window["undone"][here] = 0
 
     # -- leases ------------------------------------------------------------------------------
@@ -216,6 +204,14 @@ class Ledger:
     def num_ready(self, task: str) -> int:
         """Groups that a task could be offered, were it not for the gate's order."""
         return self._states[task].num_ready
+
+    def num_incomplete(self, task: str) -> int:
+        """Tickets that the task may be offered later, and can't be yet."""
+        return self._window.end - self._endings.num_dropped - self._states[task].num_whole
+
+    def num_left(self, task: str) -> int:
+        """Tickets that the task is not done with, whether or not it has been offered them."""
+        return self._window.end - self._endings.num_dropped - self._states[task].num_done
 
     def take(self, task: str, max_groups: int) -> Tickets:
         """Lease the groups that a task may have now to it, at most so many, oldest first."""
@@ -230,8 +226,9 @@ class Ledger:
         """Lease these very groups to a task, as a log says it was."""
         here, state = places(tickets, self._window.base), self._states[task]
         offers = self._window[state.offers]
-        state.num_ready -= int(np.count_nonzero(offers[here] == _READY))
-        offers[here] = _LEASED
+        if reach_before(tickets, self._window.base) or (offers[here] == _DONE).any():
+            raise LedgerError(f"task {task} is done with some of tickets {some(tickets)} already")
+        state.lease(offers, here)
 
     def _rank_limit(self, offers: NDArray[np.int64]) -> int:
         """Groups of ranks below this may be trained now, by the gate's order."""
@@ -239,19 +236,12 @@ class Ledger:
         if gate is None:
             raise LedgerError("a queue without a gate has no order")
         states = window["state"]
-        oldest = self._first(lambda part: (states[part] <= _PRODUCED) & (offers[part] <= _READY))
-        return gate.rank_limit(oldest_rank=self.rank(oldest), step=self.train_step)
-
-    def _first(self, is_wanted: Callable[[slice], NDArray[np.bool_]]) -> int:
-        """The oldest ticket for which a condition on places in the window holds, or the next ticket."""
-        base, start, size = self._window.base, self._oldest - self._window.base, self._window.end - self._window.base
-        step = 64
-        while start < size:
-            found = is_wanted(slice(start, min(start + step, size)))
-            if found.any():
-                return base + start + int(np.argmax(found))
-            start, step = start + step, 2 * step
-        return self._window.end
+        place = first_place(
+            self._oldest - window.base,
+            window.end - window.base,
+            lambda part: (states[part] <= _PRODUCED) & (offers[part] <= _READY),
+        )
+        return gate.rank_limit(oldest_rank=self.rank(window.base + place), step=self.train_step)
 
     def release(self, task: str, tickets: Tickets, *, is_lost: bool = False) -> TicketArray:
         """Take groups back unfinished: they are offered again, first of all. Those ended meanwhile are passed over.
@@ -281,17 +271,18 @@ class Ledger:
         state, window = self._states[task], self._window
         offers, undone = window[state.offers], window["undone"]
         here = places(tickets, window.base)
-        if tickets[0] < window.base or (offers[here] != _LEASED).any():
-            tickets = self._still_leased(state, as_array(tickets))
+        if reach_before(tickets, window.base) or (offers[here] != _LEASED).any():
+            tickets = state.still_leased(as_array(tickets), window["state"], offers, window.base)
             here = places(tickets, window.base)
         offers[here] = _DONE
+        state.num_done += len(tickets)
         left = undone[here] - 1
         undone[here] = left
         free = tickets if not left.any() else as_array(tickets)[left == 0]
         ended = tickets if state.task.trains else free if self._training is None else range(0)
         if len(ended):
             window["state"][places(ended, window.base)] = _TRAINED
-            self._trained += len(ended)
+            self._endings.trained += len(ended)
         if len(ended) or len(free):
             self._forget()
         return tickets, free
@@ -305,20 +296,12 @@ class Ledger:
         offers[here] = bytes([_DONE]) * count
         window.raw["undone"][here] = bytes(count)
         window.raw["state"][here] = bytes([_TRAINED]) * count
-        self._trained += count
+        self._endings.trained += count
+        self._states[task].num_done += count
         if tickets.start <= self._oldest < tickets.stop:
             self._oldest = tickets.stop
         self._forget()
         return True
-
-    def _still_leased(self, state: TaskLine, tickets: TicketArray) -> TicketArray:
-        """Those that were not dropped. Raises `LeaseLostError` unless all of these are leased to the task."""
-        window = self._window
-        known = tickets[tickets >= window.base]  # what is leased is forgotten only when it was dropped
-        live: TicketArray = known[window["state"][known - window.base] != _DROPPED]
-        if (window[state.offers][live - window.base] != _LEASED).any():
-            raise LeaseLostError(f"task {state.task.name} acknowledged tickets {_some(tickets)} not leased to it")
-        return live
 
     def _forget(self) -> None:
         """Move the window past tickets that have ended and are done with for every task."""
@@ -329,7 +312,9 @@ class Ledger:
             window.forget(self._oldest)
             self._ranks.forget(window.base)
             return
-        self._oldest = self._first(lambda part: (states[part] <= _PRODUCED) | (undone[part] > 0))
+        stop = window.end - window.base
+        place = first_place(here, stop, lambda part: (states[part] <= _PRODUCED) | (undone[part] > 0))
+        self._oldest = window.base + place
         window.forget(self._oldest)
         self._ranks.forget(window.base)
 
@@ -337,8 +322,7 @@ class Ledger:
 
     def counts(self) -> LedgerCounts:
         """Where all tickets are."""
-        dropped, pending = dict(self._dropped), len(self.pending())
-        return LedgerCounts(admitted=self._window.end, trained=self._trained, dropped=dropped, pending=pending)
+        return self._endings.counts(admitted=self._window.end, pending=len(self.pending()))
 
     def check(self) -> None:
         """Raise `LedgerError` unless every admitted ticket is accounted for."""
@@ -350,14 +334,7 @@ class Ledger:
         """What a checkpoint keeps."""
         self.check()
         pending = tuple(map(Ticket, self.pending().tolist()))
-        oldest = pending[0] if pending else self._window.end
-        return LedgerSnapshot(
-            admitted=self._window.end,
-            trained=self._trained,
-            dropped=dict(self._dropped),
-            pending=pending,
-            dropped_since=self._ranks.dropped_after(oldest),
-        )
+        return self._endings.snapshot(admitted=self._window.end, pending=pending, ranks=self._ranks)
 
     def pending(self) -> TicketArray:
         """The tickets that are neither trained nor dropped, in order."""
@@ -365,11 +342,17 @@ class Ledger:
         start, size = self._oldest - window.base, window.end - window.base
         return self._oldest + np.flatnonzero(window["state"][start:size] <= _PRODUCED)
 
+    def left_over(self) -> TicketArray:
+        """The tickets that are trained, and of use to another task."""
+        window = self._window
+        here = slice(self._oldest - window.base, window.end - window.base)
+        return self._oldest + np.flatnonzero((window["state"][here] == _TRAINED) & (window["undone"][here] > 0))
+
     def state_of(self, tickets: Tickets) -> NDArray[np.uint8]:
         """The `State` of each; those long gone count as trained. Raises `StaleHandleError` for those never admitted."""
         tickets = as_array(tickets)
         if len(tickets) and (tickets.min() < 0 or tickets.max() >= self._window.end):
-            raise StaleHandleError(f"tickets {_some(tickets)} were never admitted")
+            raise StaleHandleError(f"tickets {some(tickets)} were never admitted")
         here = np.maximum(tickets - self._window.base, -1)
         states: NDArray[np.uint8] = np.where(here < 0, _TRAINED, self._window["state"][here]).astype(np.uint8)
         return states
@@ -411,10 +394,4 @@ class Ledger:
     def _check_pending(self, tickets: Tickets) -> None:
         states = self.state_of(tickets)
         if (states > _PRODUCED).any():
-            raise LedgerError(f"tickets {_some(tickets)} are not pending: trained or dropped already")
-
-
-def _some(tickets: Tickets) -> str:
-    """A few tickets, for a message."""
-    shown = ", ".join(map(str, as_array(tickets[:4]).tolist()))
-    return f"{shown}, …" if len(tickets) > 4 else shown
+            raise LedgerError(f"tickets {some(tickets)} are not pending: trained or dropped already")

@@ -21,6 +21,10 @@ from asyncflow.data.journal import Journal
 from asyncflow.data.layout import ColumnSpec, check, row_type
 from asyncflow.data.sessions import Lease, Session
 
+MAX_ROWS = 1 << 31
+"""Of one put, whose columns may all be shared."""
+MAX_GROUP_ROWS = 1 << 24
+
 
 class Memory:
     """The arenas of all sessions, and who still reads what in them."""
@@ -126,3 +130,12 @@ class Memory:
             if session.arena is not None:
                 session.arena.close()
         self._owners.clear()
+
+
+def check_groups(count: int, group_size: int, columns: Sequence[ColumnSpec]) -> None:
+    """Raise `ColumnError` unless so many groups have these columns; one that is shared has a row for each group."""
+    rows = {spec.num_rows * group_size if spec.is_shared else spec.num_rows for spec in columns}
+    if min(count, group_size) < 1 or rows != {count * group_size}:
+        raise ColumnError(f"{count} groups of {group_size} rows were put with columns of {sorted(rows)} rows")
+    if group_size > MAX_GROUP_ROWS or count * group_size >= MAX_ROWS:
+        raise ColumnError(f"{count} groups of {group_size} rows are too many: put them in parts")

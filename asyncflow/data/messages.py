@@ -236,30 +236,57 @@ def frame(message: AnyRequest | AnyReply) -> bytes:
     return len(body).to_bytes(HEADER_BYTES, "little") + body
 
 
+class NotUnderstoodError(QueueLostError):
+    """A message that is none of those known here. `request` is its number, where it has one, else -1."""
+
+    def __init__(self, reason: str, request: int) -> None:
+        super().__init__(reason)
+        self.request = request
+
+
 class Frames(Generic[MessageT]):
     """Puts bytes together to messages. Raises `QueueLostError` for what is none: nothing after it can be read."""
 
     def __init__(self, decoder: msgspec.msgpack.Decoder[MessageT]) -> None:
         self._decoder = decoder
-        self._rest = b""
+        self._rest = bytearray()
+        self._needed = HEADER_BYTES
+        """Of the rest and what follows, until it is worth looking at again: a large frame comes in many pieces."""
 
     def feed(self, data: bytes) -> list[MessageT]:
         """The messages that are whole now."""
-        rest = self._rest + data if self._rest else data
-        messages, start = [], 0
-        while len(rest) - start >= HEADER_BYTES:
-            size = int.from_bytes(rest[start : start + HEADER_BYTES], "little")
+        if self._rest:
+            self._rest += data
+            if len(self._rest) < self._needed:
+                return []
+            data = bytes(self._rest)
+        messages, start, self._needed = [], 0, HEADER_BYTES
+        while len(data) - start >= HEADER_BYTES:
+            size = int.from_bytes(data[start : start + HEADER_BYTES], "little")
             if size > MAX_FRAME_BYTES:
                 raise QueueLostError(f"a frame of {size:,} bytes was announced; at most {MAX_FRAME_BYTES:,} are taken")
-            if len(rest) - start - HEADER_BYTES < size:
+            if len(data) - start - HEADER_BYTES < size:
+                self._needed += size
                 break
             start += HEADER_BYTES + size
-            messages.append(self._decode(rest[start - size : start]))
-        self._rest = rest[start:]
+            messages.append(self._decode(data[start - size : start]))
+        if start < len(data) or self._rest:
+            self._rest = bytearray(data[start:])
         return messages
 
     def _decode(self, body: bytes) -> MessageT:
         try:
             return self._decoder.decode(body)
         except (msgspec.MsgspecError, RecursionError, OverflowError, ValueError) as error:
-            raise QueueLostError(f"a message can't be understood: {error}") from error
+            reason = f"a message can't be understood: {error}. Is the other side of another version of asyncflow?"
+            raise NotUnderstoodError(reason, _number_of(body)) from error
+
+
+def _number_of(body: bytes) -> int:
+    """The request that a message is about, whatever it says; -1 where it is no message at all."""
+    try:
+        content = msgspec.msgpack.decode(body)
+    except (msgspec.MsgspecError, RecursionError, OverflowError, ValueError):
+        return -1
+    is_message = isinstance(content, list) and len(content) > 1 and isinstance(content[1], int)
+    return content[1] if is_message and abs(content[1]) < 1 << 62 else -1

@@ -1,14 +1,13 @@
-"""Two small books of the ledger: the rank of a ticket, and the bit of a column."""
+"""Two small books of the ledger: the rank of a ticket, and how many ended in which way."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Iterable
 
-from asyncflow.core.errors import LedgerError
 from asyncflow.core.types import Ticket
-
-MAX_COLUMNS = 63
+from asyncflow.data.ledger_types import LedgerCounts, LedgerSnapshot
 
 
 class Ranks:
@@ -43,20 +42,29 @@ class Ranks:
         return tuple(Ticket(dropped) for dropped in self._dropped if dropped > ticket)
 
 
-class ColumnBits:
-    """A bit for each column, given as they are first named."""
+class Endings:
+    """How many tickets were trained, and how many dropped for which reason."""
 
-    def __init__(self) -> None:
-        self._bits: dict[str, int] = {}
+    def __init__(self, snapshot: LedgerSnapshot) -> None:
+        self.trained = snapshot.trained
+        self.num_dropped = sum(snapshot.dropped.values())
+        self._dropped = Counter(dict(snapshot.dropped))
 
-    def mask(self, columns: Iterable[str]) -> int:
-        """The bits of columns together. Raises `LedgerError` for one too many."""
-        mask = 0
-        for name in columns:
-            bit = self._bits.get(name)
-            if bit is None:
-                if len(self._bits) == MAX_COLUMNS:
-                    raise LedgerError(f"a queue has at most {MAX_COLUMNS} columns; {name} would be one more")
-                bit = self._bits[name] = 1 << len(self._bits)
-            mask |= bit
-        return mask
+    def drop(self, count: int, reason: str) -> None:
+        """So many more were dropped."""
+        self.num_dropped += count
+        self._dropped[reason] += count
+
+    def counts(self, *, admitted: int, pending: int) -> LedgerCounts:
+        """These and the others."""
+        return LedgerCounts(admitted=admitted, trained=self.trained, dropped=dict(self._dropped), pending=pending)
+
+    def snapshot(self, *, admitted: int, pending: tuple[Ticket, ...], ranks: Ranks) -> LedgerSnapshot:
+        """What a checkpoint keeps of these and the others."""
+        return LedgerSnapshot(
+            admitted=admitted,
+            trained=self.trained,
+            dropped=dict(self._dropped),
+            pending=pending,
+            dropped_since=ranks.dropped_after(pending[0] if pending else admitted),
+        )

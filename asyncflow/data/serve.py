@@ -28,7 +28,10 @@ async def serve(settings: ServerSettings, link: socket.socket) -> None:
     over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def fail(error: Exception) -> None:
+        """Say so before the clients see an end: here, to the owner, and to who reads what this process says."""
         if not over.done():
+            sys.stderr.write(f"the transfer queue's server ends: {error}\n")
+            tell(link, Started(error=str(error)))
             over.set_exception(error)
 
     def end() -> None:
@@ -59,9 +62,14 @@ def main() -> None:
         settings = msgspec.json.decode(read_line(link), type=ServerSettings)
         asyncio.run(serve(settings, link))
     except AsyncFlowError as error:
-        with suppress(OSError):
-            link.sendall(msgspec.json.encode(Started(error=str(error))) + b"\n")
+        tell(link, Started(error=str(error)))
         sys.exit(1)
+
+
+def tell(link: socket.socket, news: Started) -> None:
+    """Let the owner know, if there is one."""
+    with suppress(OSError):
+        link.sendall(msgspec.json.encode(news) + b"\n")
 
 
 if __name__ == "__main__":

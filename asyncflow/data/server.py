@@ -4,8 +4,7 @@ It listens on a socket without a name in any file system, which ends with the pr
 serves only processes of the same user. A client's end is the end of its session: what it had
 taken is offered again.
 
-Run by `TransferQueue.start` as ``python -m asyncflow.data.server FD``: settings come over the
-descriptor as one line of JSON, the address goes back, and when the owner's end is closed the server ends.
+`asyncflow.data.serve` runs it in a process of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import asyncio
 import os
 import secrets
 import socket
-import struct
 from collections.abc import Callable, Sequence
 
 from asyncflow.core.errors import AsyncFlowError, LedgerError, QueueError, QueueLostError
@@ -45,6 +43,7 @@ from asyncflow.data.messages import (
     Frames,
     Given,
     Hello,
+    NotUnderstoodError,
     Ping,
     Put,
     Release,
@@ -57,6 +56,7 @@ from asyncflow.data.messages import (
     frame,
     request_decoder,
 )
+from asyncflow.data.peer import peer
 from asyncflow.data.records import read_rows, read_tickets, row_bytes, ticket_bytes
 from asyncflow.data.sessions import ParkedReserve, ParkedTake, Taken
 
@@ -64,6 +64,8 @@ RECEIVE_BYTES = 1 << 16
 MAX_OUTBOX_BYTES = 1 << 26
 MAX_FDS = 4
 BACKLOG = 128
+ACCEPT_AGAIN_S = 0.5
+"""After it had no descriptor for a new client."""
 
 
 class Server:
@@ -78,22 +80,33 @@ class Server:
         self._listener.setblocking(False)
         self._listener.bind("\0" + self.address[1:])
         self._listener.listen(BACKLOG)
-        self._loop.add_reader(self._listener, self._accept)
+        self._pause: asyncio.TimerHandle | None = None
+        self._listen()
 
     def close(self) -> None:
         """End every connection. May be called twice."""
         if self._listener.fileno() >= 0:
+            if self._pause is not None:
+                self._pause.cancel()
             self._loop.remove_reader(self._listener)
             self._listener.close()
         for client in list(self._clients):
             client.close()
 
+    def _listen(self) -> None:
+        self._pause = None
+        self._loop.add_reader(self._listener, self._accept)
+
     def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
-        except OSError:  # gone again, or out of descriptors: the next one may fare better
+        except (BlockingIOError, ConnectionError):  # gone again
             return
-        if _peer_user(connection) not in (os.getuid(), 0):
+        except OSError:  # out of descriptors or memory: who waits there would be announced without end
+            self._loop.remove_reader(self._listener)
+            self._pause = self._loop.call_later(ACCEPT_AGAIN_S, self._listen)
+            return
+        if peer(connection).user not in (os.getuid(), 0):
             connection.close()
             return
         self._clients.add(Client(self.control, connection, self._loop, self._clients.discard))
@@ -115,7 +128,7 @@ class Client:
         self._loop = loop
         self._on_closed = on_closed
         self._frames = Frames(request_decoder)
-        self._session = control.open_session(f"process {_peer_pid(connection)}", self._free)
+        self._session = control.open_session(f"process {peer(connection).pid}", self._free)
         self._outbox = bytearray()
         self._is_open = True
         self._is_busy = self._is_writing = self._has_greeted = False
@@ -159,7 +172,10 @@ class Client:
         try:
             for message in self._frames.feed(data):
                 self._handle(message)
-        except QueueLostError:
+        except QueueLostError as error:
+            if isinstance(error, NotUnderstoodError) and error.request >= 0:
+                self._fail(error.request, QueueError(f"{error}"))
+            self._flush()
             self.close()
             return
         finally:
@@ -213,6 +229,11 @@ class Client:
             self._fail(message.request, error)
         except ValueError as error:  # arrays that do not belong together
             self._fail(message.request, QueueError(str(error)))
+        except Exception as error:  # noqa: BLE001 - one client's message must not end the others
+            what = f"the queue's server failed at {type(message).__name__}"
+            self._loop.call_exception_handler({"message": what, "exception": error})
+            self._fail(message.request, QueueError(f"{what}: {type(error).__name__}: {error}"))
+            self._loop.call_soon(self.close)
 
     def _fail(self, request: int, error: AsyncFlowError) -> None:
         self._send(Failed(request, type(error).__name__, str(error)))
@@ -247,10 +268,10 @@ class Client:
                 self._grant_room()
             case Release(_, lease):
                 control.release(session, lease)
-                self._done(request)
+                self._done_when_safe(request)
             case Drop(_, tickets, reason):
                 control.drop(session, read_tickets(tickets), reason)
-                self._done(request)
+                self._done_when_safe(request)
             case _:
                 self._answer_rare(message)
 
@@ -266,14 +287,16 @@ class Client:
             case Counts():
                 counts = control.counts()
                 self._send(Accounts(request, counts.admitted, counts.trained, dict(counts.dropped), counts.pending))
+            case Ping():
+                self._done(request)
             case Cancel(_, other):
                 self._done(request, int(self._cancel(other)))
             case _:
                 self._note(message)
-                self._done(request)
+                self._done_when_safe(request)
 
     def _note(self, message: AnyRequest) -> None:
-        """What is answered as soon as it is done."""
+        """What is answered as soon as it is safe."""
         control = self._control
         match message:
             case Dispatch(_, ticket, prompt, num_tokens):
@@ -286,8 +309,6 @@ class Client:
                 control.finish()
             case Clear():
                 control.clear()
-            case Ping():
-                pass
             case _:
                 raise QueueError(f"{type(message).__name__} is not understood here")
 
@@ -302,6 +323,8 @@ class Client:
         if not self._fds:
             raise QueueError("an arena was announced and did not come")
         fd = self._fds.pop(0)
+        if self._session.arena is not None:
+            os.close(fd)
         arena = self._control.memory.attach(self._session, lambda number: Arena.attach(fd, number))
         self._known_arenas.add(arena.number)
         self._done(request, arena.number)
@@ -360,6 +383,9 @@ class Client:
             self._session.leases.pop(other, None)
         return True
 
+    def _done_when_safe(self, request: int) -> None:
+        self._control.journal.when_safe(lambda: self._done(request))
+
     def _done(self, request: int, value: int = 0) -> None:
         freed, self._freed = tuple(self._freed), []
         self._send(Done(request, value, freed))
@@ -371,17 +397,3 @@ class Client:
     def _grant_room(self) -> None:
         if self._rooms and self._freed:
             self._done(self._rooms.pop(0))
-
-
-def _peer(connection: socket.socket) -> tuple[int, int, int]:
-    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    pid, uid, gid = struct.unpack("3i", data)
-    return pid, uid, gid
-
-
-def _peer_pid(connection: socket.socket) -> int:
-    return _peer(connection)[0]
-
-
-def _peer_user(connection: socket.socket) -> int:
-    return _peer(connection)[1]

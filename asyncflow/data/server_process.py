@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 
 import msgspec
 
@@ -43,14 +45,27 @@ class ServerProcess:
         self.address = address
         self._process = process
         self._link = link
+        self._failure = ""
 
     @property
     def pid(self) -> int:
         """Process id."""
         return self._process.pid
 
+    def failure(self) -> str:
+        """Why it ended by itself, where it said so; empty while it serves."""
+        try:
+            line = read_line(self._link) if select.select([self._link], [], [], 0)[0] else b""
+            self._failure = self._failure or (msgspec.json.decode(line, type=Started).error if line else "")
+        except (OSError, ValueError, msgspec.MsgspecError):  # it ended without a word, or is closed here
+            pass
+        return self._failure
+
     def stop(self) -> None:
         """End it, and wait until it has ended. May be called twice."""
+        self.failure()
+        with suppress(OSError):  # a child that was forked here has the link too: closed here, it would stay open
+            self._link.shutdown(socket.SHUT_RDWR)
         self._link.close()
         try:
             self._process.wait(STOP_LIMIT_S)

@@ -40,6 +40,8 @@ class Lease:
     task: str
     parts: list[Tickets] = field(default_factory=list)
     extents: list[Extent] = field(default_factory=list)
+    num_parked: int = 0
+    """Takes under it that wait."""
 
     @property
     def tickets(self) -> Tickets:

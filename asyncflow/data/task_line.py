@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from asyncflow.data.ledger_types import Offer, QueueTask
-from asyncflow.data.tickets import Tickets, as_array, join, places
+from asyncflow.core.errors import LeaseLostError
+from asyncflow.data.ledger_types import Offer, QueueTask, State
+from asyncflow.data.tickets import TicketArray, Tickets, as_array, join, places, reach_before, some
 
-READY, LEASED = int(Offer.READY), int(Offer.LEASED)
+INCOMPLETE, READY, LEASED, DONE = map(int, Offer)
+DROPPED = int(State.DROPPED)
 
 
 @dataclass(slots=True)
@@ -21,6 +23,8 @@ class TaskLine:
     """A task with the tickets it may be offered: by ticket where order matters, else as they came.
 
     `mask` holds the bits of the columns that it needs, `offers` names its array in the ledger's window.
+    `num_whole` counts the tickets that have those columns, `num_done` those that the task is done with too;
+    one that is dropped, or rolled out again, counts no more.
     """
 
     task: QueueTask
@@ -31,6 +35,8 @@ class TaskLine:
     heap: list[int] = field(default_factory=list)
     line: deque[Tickets] = field(default_factory=deque)
     num_ready: int = 0
+    num_whole: int = 0
+    num_done: int = 0
 
     def __post_init__(self) -> None:
         self.in_order = self.has_gate and self.task.trains
@@ -56,6 +62,40 @@ class TaskLine:
         else:
             self.add(tickets)
 
+    def offer(self, tickets: TicketArray, full: NDArray[np.int64], offers: NDArray[np.int64], base: int) -> None:
+        """Columns of these were completed, and `full` are now: those that have all that the task needs are ready."""
+        needs, here = np.uint64(self.mask), tickets - base
+        ready = tickets[(full[here] & needs == needs) & (offers[here] == INCOMPLETE)]
+        if len(ready):
+            offers[ready - base] = READY
+            self.num_whole += len(ready)
+            self.add(ready)
+
+    def withdraw(self, offers: NDArray[np.int64], here: slice | TicketArray) -> None:
+        """The tickets at these places are not offered any longer."""
+        held = offers[here]
+        self.num_ready -= int(np.count_nonzero(held == READY))
+        self.num_whole -= int(np.count_nonzero(held != INCOMPLETE))
+        self.num_done -= int(np.count_nonzero(held == DONE))
+        offers[here] = INCOMPLETE
+
+    def lease(self, offers: NDArray[np.int64], here: slice | TicketArray) -> None:
+        """The task has the tickets at these places, whether or not they were offered to it."""
+        held = offers[here]
+        self.num_ready -= int(np.count_nonzero(held == READY))
+        self.num_whole += int(np.count_nonzero(held == INCOMPLETE))
+        offers[here] = LEASED
+
+    def still_leased(
+        self, tickets: TicketArray, states: NDArray[np.int64], offers: NDArray[np.int64], base: int
+    ) -> TicketArray:
+        """Those that were not dropped. Raises `LeaseLostError` unless all of these are leased to the task."""
+        known = tickets[tickets >= base]  # what is leased is forgotten only when it was dropped
+        live: TicketArray = known[states[known - base] != DROPPED]
+        if (offers[live - base] != LEASED).any():
+            raise LeaseLostError(f"task {self.task.name} acknowledged tickets {some(tickets)} not leased to it")
+        return live
+
     def take(self, offers: NDArray[np.int64], raw: bytearray, base: int, max_groups: int) -> Tickets:
         """The next ones that are ready, at most so many; they are leased now.
 
@@ -73,7 +113,7 @@ class TaskLine:
                 wanted -= len(tickets)
                 self.num_ready -= len(tickets)
                 continue
-            if tickets[0] < base:  # dropped so long ago that they are forgotten
+            if reach_before(tickets, base):  # dropped so long ago that they are forgotten
                 tickets = as_array(tickets)
                 tickets = tickets[tickets >= base]
             here = places(tickets, base)

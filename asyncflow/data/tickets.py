@@ -6,7 +6,7 @@ array, which costs a fraction of picking its elements one by one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -26,6 +26,32 @@ def places(tickets: Tickets, base: int) -> slice | TicketArray:
     if isinstance(tickets, range):
         return slice(tickets.start - base, tickets.stop - base)
     return tickets - base
+
+
+def reach_before(tickets: Tickets, base: int) -> bool:
+    """Whether some of the tickets are older than `base`."""
+    return tickets.start < base if isinstance(tickets, range) else bool((tickets < base).any())
+
+
+def some(tickets: Tickets) -> str:
+    """A few of them, for a message.
+
+    >>> some(range(5, 20))
+    '5, 6, 7, 8, …'
+    """
+    shown = ", ".join(map(str, as_array(tickets[:4]).tolist()))
+    return f"{shown}, …" if len(tickets) > 4 else shown
+
+
+def first_place(start: int, stop: int, is_wanted: Callable[[slice], NDArray[np.bool_]]) -> int:
+    """The first place for which a condition on places holds, or `stop`; looks at few where it is near."""
+    step = 64
+    while start < stop:
+        found = is_wanted(slice(start, min(start + step, stop)))
+        if found.any():
+            return start + int(np.argmax(found))
+        start, step = start + step, 2 * step
+    return stop
 
 
 def join(parts: Sequence[Tickets]) -> Tickets:

@@ -51,6 +51,14 @@ class LedgerModel:
     def offered(self, task: str, offer: Offer) -> list[int]:
         return [i for i, ticket in enumerate(self.tickets) if ticket.offers.get(task, Offer.INCOMPLETE) == offer]
 
+    def num_left(self, task: str, last: Offer) -> int:
+        """Tickets that are of use to the task, or will be, and have come to `last` for it at most."""
+        of_use = [ticket for ticket in self.tickets if ticket.state <= State.PRODUCED or ticket.offers]
+        return sum(ticket.offers.get(task, Offer.INCOMPLETE) <= last for ticket in of_use)
+
+    def left_over(self) -> list[int]:
+        return [i for i in self.of_state(State.TRAINED) if {*self.tickets[i].offers.values()} - {Offer.DONE}]
+
     def rank(self, number: int) -> int:
         return sum(ticket.state != State.DROPPED for ticket in self.tickets[:number])
 

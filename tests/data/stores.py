@@ -160,7 +160,7 @@ class RemoteStore:
 
     def num_free(self) -> int:
         self.producer.counts()  # what is freed comes with an answer
-        return self.producer._writer.num_free if self.producer._writer is not None else ARENA_BYTES
+        return self.producer._memory._writer.num_free if self.producer._memory._writer is not None else ARENA_BYTES
 
     def close(self) -> None:
         self.consumer.close()

@@ -13,7 +13,7 @@ from asyncflow.core.errors import QueueError, StaleHandleError
 from asyncflow.core.types import Ragged, Rows
 from asyncflow.data.layout import ColumnLike
 from tests.data.arenas import arenas_open
-from tests.data.stores import Needs, Store, local_store, process_store, thread_store
+from tests.data.stores import LocalStore, Needs, Store, local_store, process_store, thread_store
 
 Start = Callable[[Needs], AbstractContextManager[Store]]
 
@@ -188,7 +188,7 @@ def test_4_a_column_shared_by_a_group_is_stored_once() -> None:
         assert got is not None
         check_rows(got.columns["prompt"], [prompts[n // 4] for n in range(12)])
         assert numbers_of(got.columns["answer"]) == list(range(12))
-        taken = store.producer._writer.arena.num_bytes - store.num_free()  # type: ignore[attr-defined]
+        taken = store.producer._memory._writer.arena.num_bytes - store.num_free()  # type: ignore[attr-defined]
         assert 3 * 400 <= taken < 12 * 400
 
 
@@ -228,8 +228,9 @@ def test_6_clear_while_others_read_is_a_clean_error_and_frees_its_space(start: S
             store.fetch(old, ["x"])
         with pytest.raises(QueueError):
             store.acknowledge(got)
-        with pytest.raises(QueueError):
-            store.release(got)
+        if not isinstance(store, LocalStore):  # whose leases are for any number of takes, also none
+            with pytest.raises(QueueError):
+                store.release(got)
         assert store.get("task") is None
         assert store.num_free() >= everything[1]
         new = store.put({"x": np.full((8, 8), -1.0)})  # in the same space

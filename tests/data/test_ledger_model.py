@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from asyncflow.core.errors import LeaseLostError, LedgerError
+from asyncflow.core.errors import ColumnError, LeaseLostError, LedgerError
 from asyncflow.data import window
 from asyncflow.data.gate import Gate
 from asyncflow.data.ledger import Ledger, Offer, QueueTask, State
@@ -108,7 +108,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def write_twice(self, data: st.DataObject, column: str) -> None:
         whole = [n for n in self.model.of_state(State.PRODUCED) if not self.model.missing(n, column)]
         if numbers := some(data, whole):
-            with pytest.raises(LedgerError, match="written twice"):
+            with pytest.raises(ColumnError, match="written once"):
                 self.ledger.write(np.array(numbers), np.array([1] * len(numbers)), column)
 
     # -- the end of tickets ------------------------------------------------------------------
@@ -256,6 +256,9 @@ class LedgerMachine(RuleBasedStateMachine):
             offers = [self.model.tickets[n].offers.get(name, Offer.INCOMPLETE) for n in pending]
             assert self.ledger.offered(name, pending).tolist() == offers
             assert self.ledger.num_ready(name) == len(self.model.lines[name])
+            assert self.ledger.num_incomplete(name) == self.model.num_left(name, Offer.INCOMPLETE)
+            assert self.ledger.num_left(name) == self.model.num_left(name, Offer.LEASED)
+        assert self.ledger.left_over().tolist() == self.model.left_over()
 
 
 class TrainingMachine(LedgerMachine):
