@@ -12,6 +12,7 @@ from _data_plane_work import COLUMNS, Batch, Job, Rows
 
 from asyncflow.data import Batch as TaskBatch
 from asyncflow.data import TransferQueue
+from asyncflow.data.batch import Asked
 from asyncflow.data.log import LogMode
 
 ARENA_BYTES = 1 << 28
@@ -45,15 +46,22 @@ class Producer:
 
 
 class Consumer:
-    """Acknowledges a batch as it asks for the next."""
+    """Asks for the next batch before it works on this one, as the loader does; that message acknowledges the last."""
 
     def __init__(self, queue: TransferQueue, job: Job) -> None:
         self._queue, self._columns = queue, job.columns
         self._batch: TaskBatch | None = None
+        self._asked: Asked | None = None
+        self._num_rows = 0
 
     def get(self, num_rows: int) -> Batch:
         """Views of shared memory."""
-        batch = self._queue.get(TASK, max_rows=num_rows, at_least=num_rows, done=self._batch)
+        asked = self._asked or self._ask(num_rows)
+        if num_rows != self._num_rows:
+            self._queue.withdraw(asked)
+            asked = self._ask(num_rows)
+        self._asked = self._ask(num_rows)
+        batch = self._queue.answer(asked)
         assert batch is not None
         self._batch = batch
         found: Batch = {}
@@ -64,10 +72,17 @@ class Consumer:
         return found
 
     def clear(self) -> None:
-        """Acknowledge the last batch."""
+        """Acknowledge the last batch, and ask for no more."""
+        if self._asked is not None:
+            self._queue.withdraw(self._asked)
+            self._asked = None
         if self._batch is not None:
             self._queue.acknowledge(self._batch)
             self._batch = None
+
+    def _ask(self, num_rows: int) -> Asked:
+        self._num_rows, done, self._batch = num_rows, self._batch, None
+        return self._queue.ask(TASK, max_rows=num_rows, at_least=num_rows, done=done)
 
 
 @contextlib.contextmanager
