@@ -64,9 +64,10 @@ class Cores:
 
     def for_training(self) -> int:
         """Threads for the next micro-batch."""
-        if self.fixed:
-            return self.fixed
-        if self.train_threads:
-            return self.train_threads
         is_shared = self.rollout is not None and self.rollout.num_running > 0
-        return max(1, self.total - self.rollout_threads) if is_shared else self.total
+        return self.while_sampling if is_shared else self.fixed or self.train_threads or self.total
+
+    @property
+    def while_sampling(self) -> int:
+        """Threads for a micro-batch while completions are being sampled."""
+        return self.fixed or self.train_threads or max(1, self.total - self.rollout_threads)

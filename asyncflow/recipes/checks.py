@@ -80,6 +80,15 @@ def check_steps(checkpoint: Path, config: RunConfig) -> None:
         raise ConfigError(f"steps={config.steps} is below the {done} that are done: give at least steps={done}")
 
 
+def changed_settings(before: RunConfig, after: RunConfig) -> list[str]:
+    """The settings of training and of the algorithm that differ, with their values."""
+    changed = []
+    for section in ("train", "algorithm"):
+        old, new = getattr(before, section).model_dump(), getattr(after, section).model_dump()
+        changed += [f"{section}.{name}={new[name]} (was {old[name]})" for name in old if new[name] != old[name]]
+    return changed
+
+
 def check_reference(folder: Path, checkpoint: Path, config: RunConfig) -> None:
     """Raise `ConfigError` where KL is asked for and the policy to measure it from was not kept."""
     if config.algorithm.kl_coef > 0 and checkpoint_step(checkpoint) and not (folder / REFERENCE).exists():

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
-import numpy as np
-
 from asyncflow.algo.algorithms import columns_of
+from asyncflow.core.columns import REWARD
 from asyncflow.core.config import RunConfig
+from asyncflow.core.errors import ConfigError
 from asyncflow.core.world import World
 from asyncflow.data import records
 from asyncflow.data.history import History, read_history
 from asyncflow.data.ledger import Ledger, LedgerSnapshot
-from asyncflow.data.log import FileLog, Log, LoggedRecord, LogMode, NoLog, compact, read_log
+from asyncflow.data.log import FileLog, Log, LogMode, NoLog
+from asyncflow.data.log_reader import list_segments, read_metas, read_segment
+from asyncflow.recipes.thinning import Thinner
+from asyncflow.workflow.checkpoint_folder import checkpoint_name
 from asyncflow.workflow.reinforce import make_gate, make_tasks
 
 LEDGER = "ledger"
@@ -94,29 +98,71 @@ def _set_aside(home: Path, reason: str) -> tuple[str, ...]:
     return (f"the run does not go on with its log ({reason}), which is now {target.name}",)
 
 
-async def thin_out(folder: Path, oldest_kept: int, world: World) -> None:
+async def thin_out(thinner: Thinner, oldest_kept: int, world: World) -> None:
     """Give back the disk space of rows that no checkpoint from step `oldest_kept` on can need."""
+    await world.run_blocking(lambda: thinner.thin_out(oldest_kept))
+
+
+def steps_to_take_again(folder: Path, step: int, config: RunConfig) -> list[int]:
+    """The steps that the run's log holds after its checkpoint of `step`; a resume takes them again.
+
+    Raises `ConfigError` when it could not: with fewer steps in `config`, or with columns that they lack.
+    """
     home = folder / LEDGER
-    if home.is_dir():
-        await world.run_blocking(lambda: _thin_out(home, oldest_kept))
+    if config.queue.log == "off" or not home.is_dir():
+        return []
+    logged = _Logged()
+    segments = list_segments(home)
+    for path in segments:
+        for record in read_segment(path, len(segments)) if path is segments[-1] else read_metas(path):
+            logged.add(records.decode(record.meta))
+    steps = sorted(done for done in logged.steps if done > step)
+    if not steps:
+        return []
+    if config.steps < steps[-1]:
+        raise ConfigError(
+            f"steps={config.steps} is below the {steps[-1]} that the log holds: give at least steps={steps[-1]}"
+        )
+    missing = logged.missing(steps, (*columns_of(config.algorithm), REWARD))
+    if missing:
+        raise ConfigError(
+            f"steps {steps[0]} to {steps[-1]} are to be taken again from the log after {checkpoint_name(step)}, and "
+            f"their rows have no {', '.join(missing)}, which algorithm.kl_coef={config.algorithm.kl_coef:g} needs. "
+            "Resume with the settings of before, or give these steps up with queue.log=off"
+        )
+    return steps
 
 
-def _thin_out(home: Path, oldest_kept: int) -> None:
-    done: set[int] = set()
-    for logged in read_log(home):
-        match records.decode(logged.meta):
-            case records.Trained(step=step, tickets=tickets) if step <= oldest_kept:
-                done.update(records.read_tickets(tickets).tolist())
-            case records.Dropped(tickets=tickets):
-                done.update(records.read_tickets(tickets).tolist())
-    compact(home, lambda logged: not _tickets_of(logged) <= done)
+@dataclass(slots=True)
+class _Logged:
+    """The steps of a log, and which columns its rows have: with the put, or how many rows by later writes."""
 
+    steps: dict[int, bytes] = field(default_factory=dict)
+    sizes: dict[int, int] = field(default_factory=dict)
+    put: dict[int, frozenset[str]] = field(default_factory=dict)
+    late: dict[int, Counter[str]] = field(default_factory=dict)
 
-def _tickets_of(logged: LoggedRecord) -> set[int]:
-    """The tickets whose rows a record's payload holds."""
-    match records.decode(logged.meta):
-        case records.Produced(first=first, count=number):
-            return set(range(first, first + number))
-        case records.Written(rows=rows):
-            return set(np.unique(records.read_tickets(rows.tickets)).tolist())
-    return set()
+    def add(self, record: records.AnyRecord) -> None:
+        """The next record."""
+        match record:
+            case records.Produced(first=first, count=number, group_size=size, columns=columns):
+                tickets = range(first, first + number)
+                self.sizes.update(dict.fromkeys(tickets, size))
+                self.put.update(dict.fromkeys(tickets, frozenset(spec.name for spec in columns)))
+            case records.Written(rows=rows, columns=columns):
+                for ticket in records.read_tickets(rows.tickets).tolist():
+                    self.late.setdefault(ticket, Counter()).update(spec.name for spec in columns)
+            case records.Reissued(tickets=tickets):
+                for ticket in records.read_tickets(tickets).tolist():
+                    self.late.pop(ticket, None)
+            case records.Trained(step=step, tickets=tickets):
+                self.steps[step] = tickets
+
+    def missing(self, steps: Sequence[int], names: Sequence[str]) -> list[str]:
+        """Which of these columns some row of these steps has not."""
+        tickets = [ticket for step in steps for ticket in records.read_tickets(self.steps[step]).tolist()]
+        return [name for name in names if not all(self._has(ticket, name) for ticket in tickets)]
+
+    def _has(self, ticket: int, name: str) -> bool:
+        late = self.late.get(ticket, Counter())
+        return name in self.put.get(ticket, ()) or late[name] >= self.sizes.get(ticket, 1)

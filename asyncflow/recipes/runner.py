@@ -28,6 +28,7 @@ from asyncflow.observe.records import read_metrics
 from asyncflow.observe.run_folder import RunFolder, read_config
 from asyncflow.recipes.checks import (
     REFERENCE,
+    changed_settings,
     check_devices,
     check_reference,
     check_steps,
@@ -39,7 +40,7 @@ from asyncflow.recipes.checks import (
 )
 from asyncflow.recipes.inputs import prompts_fingerprint, with_absolute_paths
 from asyncflow.recipes.recipe import Recipe, Task, load_recipe
-from asyncflow.recipes.run_log import open_run_log
+from asyncflow.recipes.run_log import open_run_log, steps_to_take_again
 from asyncflow.recipes.session import Session, open_session, reinforcement_phase
 from asyncflow.workflow.checkpoint import EMPTY_LEDGER, newest_checkpoint, read_ledger
 from asyncflow.workflow.checkpoint_folder import checkpoint_step, has_checkpoints, set_aside_newer
@@ -122,7 +123,13 @@ def resume(folder: Path, words: Sequence[str], progress: Progress) -> RunSummary
     checkpoint = newest_checkpoint(folder)
     check_steps(checkpoint, config)
     check_reference(folder, checkpoint, config)
+    steps = steps_to_take_again(folder, checkpoint_step(checkpoint) or 0, config)
     warnings = fit(task, str(checkpoint), config)
+    if steps and (others := changed_settings(before, config)):
+        warnings.append(
+            f"steps {steps[0]} to {steps[-1]} are taken again from the log after {checkpoint.name}, now under other "
+            f"settings: {', '.join(others)}"
+        )
     with RunFolder.reopen(folder, world=world, config=config) as reopened:
         warnings += [
             f"{told}. The run goes on from {checkpoint.name}"
@@ -324,11 +331,10 @@ def dry_run(recipe: Recipe, config: RunConfig) -> list[tuple[str, str]]:
 def run_facts(config: RunConfig) -> list[tuple[str, str]]:
     """How a configuration would run on this machine."""
     cores = Cores.of(config)
-    least = config.train.threads or max(1, cores.total - cores.rollout_threads)
     bound = make_gate(config).bound
     return [
         ("rollout", _place(config.rollout.device, "rollout", cores.rollout_threads, cores.rollout_threads)),
-        ("training", _place(config.train.device, "train", least, cores.for_training())),
+        ("training", _place(config.train.device, "train", cores.while_sampling, cores.for_training())),
         ("staleness", f"≤ {bound}" if bound else "0"),
     ]
 

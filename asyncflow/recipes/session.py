@@ -22,7 +22,8 @@ from asyncflow.engines.rollout.client import TorchRolloutEngine, start_rollout_e
 from asyncflow.engines.train.optimizer import Phase
 from asyncflow.engines.train.torch_engine import TorchTrainEngine
 from asyncflow.recipes.recipe import Task
-from asyncflow.recipes.run_log import NO_LOG, RunLog, thin_out
+from asyncflow.recipes.run_log import LEDGER, NO_LOG, RunLog, thin_out
+from asyncflow.recipes.thinning import Thinner
 from asyncflow.workflow.checkpoint import save_checkpoint
 from asyncflow.workflow.checkpoint_folder import checkpoint_step, list_checkpoints
 from asyncflow.workflow.meter import Meter
@@ -42,6 +43,7 @@ class Session:
     rollout: TorchRolloutEngine
     renderer: TokenizerRenderer
     folder: Path
+    thinner: Thinner
 
     def setup(self, reference: Scorer | None, run_log: RunLog = NO_LOG) -> Setup[Tensor]:
         """The parts of reinforcement learning."""
@@ -68,7 +70,7 @@ class Session:
         await save_checkpoint(checkpoints, self.trainer, step, ledger, self.config.checkpoint.keep, self.world)
         oldest_kept = checkpoint_step(list_checkpoints(checkpoints)[0]) or 0
         if self.config.queue.keep == "checkpoints":
-            await thin_out(self.folder, oldest_kept, self.world)
+            await thin_out(self.thinner, oldest_kept, self.world)
         return oldest_kept
 
 
@@ -131,6 +133,7 @@ async def open_session(
                 rollout=rollout,
                 renderer=renderer,
                 folder=folder,
+                thinner=Thinner(folder / LEDGER),
             )
             watcher.cancel()
     finally:

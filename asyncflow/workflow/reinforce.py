@@ -15,7 +15,7 @@ from asyncflow.algo.algorithms import Algorithm
 from asyncflow.algo.samples import to_columns
 from asyncflow.core.columns import REWARD, TOKEN_IDS
 from asyncflow.core.config import RunConfig
-from asyncflow.core.errors import NoSignalError
+from asyncflow.core.errors import FailureBudgetError, NoSignalError, RolloutTimeout
 from asyncflow.core.ports import Renderer, RolloutEngine, Scorer, TensorT, TrainEngine
 from asyncflow.core.types import PolicyVersion, Prompt, Ragged, SamplingParams, StepReport, Ticket
 from asyncflow.core.world import World
@@ -88,7 +88,7 @@ async def _reinforce(config: RunConfig, setup: Setup[TensorT], queue: LocalQueue
         stages=make_stages(config, setup, queue),
     )
     if setup.history is not None:
-        await _catch_up(setup, setup.history, queue, calls.load_weights)
+        await _catch_up(config, setup, setup.history, queue, calls.load_weights)
     try:
         await run(make_loop(config), parts)
     except NoSignalError:  # perhaps the task is learnt: keep what was learnt
@@ -110,7 +110,15 @@ class _Calls(Generic[TensorT]):
     async def roll_out(self, ticket: Ticket) -> Mapping[str, Ragged]:
         prompt = self._prompt_of(ticket)
         self._queue.dispatch(ticket, prompt.id, len(self._setup.renderer.prompt_ids(prompt.text)))
-        group = await roll_out_group(ticket, prompt, self._config.group_size, self._parts)
+        try:
+            group = await roll_out_group(ticket, prompt, self._config.group_size, self._parts)
+        except RolloutTimeout as error:
+            if self._config.deterministic:
+                raise FailureBudgetError(
+                    f"{error}. How long it takes depends on the machine, so a deterministic run can't drop its group: "
+                    "raise rollout.time_limit_s, or set deterministic=false"
+                ) from error
+            raise
         self._setup.meter.group(group)
         return to_columns(group)
 
@@ -152,12 +160,16 @@ def make_loop(config: RunConfig) -> LoopConfig:
 
 
 async def _catch_up(
+    config: RunConfig,
     setup: Setup[TensorT],
     history: History,
     queue: LocalQueue,
     load_weights: Callable[[], Awaitable[PolicyVersion]],
 ) -> None:
-    """Take the steps again that the log holds after the checkpoint, and see whether they made the same weights."""
+    """Take the steps again that the log holds after the checkpoint, and see whether they made the same weights.
+
+    The run may have ended between its last step and that step's checkpoint: then it is made now.
+    """
 
     async def publish() -> None:
         version = await load_weights()
@@ -167,10 +179,13 @@ async def _catch_up(
     def after_step(report: StepReport) -> None:
         setup.meter.record("replayed", {"step": report.version.step, "loss": report.loss})
 
-    columns = (*setup.algorithm.columns, REWARD)
+    columns, restored_step = (*setup.algorithm.columns, REWARD), setup.trainer.version.step
     await catch_up(setup.trainer, setup.algorithm.loss, history, columns, publish, after_step, setup.use_threads)
     if setup.use_threads is not None:
         setup.use_threads(0)
+    step = setup.trainer.version.step
+    if step > restored_step and is_saved(config, step):
+        await save(setup, queue)
 
 
 def check_lineage(meter: Meter, history: History, version: PolicyVersion) -> None:
