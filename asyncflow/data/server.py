@@ -56,8 +56,8 @@ from asyncflow.data.messages import (
     frame,
     request_decoder,
 )
-from asyncflow.data.peer import peer
 from asyncflow.data.records import read_rows, read_tickets, row_bytes, ticket_bytes
+from asyncflow.data.server_process import peer
 from asyncflow.data.sessions import ParkedReserve, ParkedTake, Taken
 
 RECEIVE_BYTES = 1 << 16

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import select
 import socket
+import struct
 import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
+from typing import NamedTuple
 
 import msgspec
 
@@ -19,6 +21,13 @@ START_LIMIT_S = 30.0
 STOP_LIMIT_S = 5.0
 MAX_LINE_BYTES = 1 << 20
 STDERR_FD = 2
+
+
+class Peer(NamedTuple):
+    """The process at the other end of a local socket, as the system says."""
+
+    pid: int
+    user: int
 
 
 class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,3 +120,10 @@ def read_line(link: socket.socket) -> bytes:
             raise OSError("it ended before it could serve")
         line += data
     return line
+
+
+def peer(connection: socket.socket) -> Peer:
+    """The process that connected."""
+    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid, user, _ = struct.unpack("3i", data)
+    return Peer(pid, user)
