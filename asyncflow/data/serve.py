@@ -30,8 +30,9 @@ async def serve(settings: ServerSettings, link: socket.socket) -> None:
     def fail(error: Exception) -> None:
         """Say so before the clients see an end: here, to the owner, and to who reads what this process says."""
         if not over.done():
-            sys.stderr.write(f"the transfer queue's server ends: {error}\n")
             tell(link, Started(error=str(error)))
+            with suppress(OSError):  # it may go to the disk that is full
+                sys.stderr.write(f"the transfer queue's server ends: {error}\n")
             over.set_exception(error)
 
     def end() -> None:

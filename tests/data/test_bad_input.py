@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -27,10 +26,11 @@ from asyncflow.data import messages
 from asyncflow.data.arena import Allocator, Arena
 from asyncflow.data.directory import Extent
 from asyncflow.data.layout import ColumnLike, ColumnSpec, Kind
-from asyncflow.data.messages import Attach, Counts, Failed, Frames, Hello, Put, Write, frame, reply_decoder
+from asyncflow.data.messages import Attach, Counts, Failed, Hello, Put, Write, frame
 from asyncflow.data.queue import TransferQueue
 from asyncflow.data.records import RowBytes
 from tests.data.arenas import arenas_open
+from tests.data.raw import Raw, close_all
 from tests.data.stores import ThreadServer, thread_server
 
 NEEDS = {"task": ["x"], "other": ["x", "y"]}
@@ -247,67 +247,10 @@ def test_shared_memory_that_may_change_its_size_is_no_arena(tmp_path: Path) -> N
 # -- the wire --------------------------------------------------------------------------------
 
 
-_open: list[socket.socket | Arena] = []
-
-
 @pytest.fixture(autouse=True)
 def _raw_connections_are_closed() -> Iterator[None]:
     yield
-    while _open:
-        _open.pop().close()
-
-
-class Raw:
-    """A connection that says what it likes."""
-
-    def __init__(self, server: ThreadServer, *, greets: bool = True) -> None:
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        _open.append(self.socket)
-        self.socket.settimeout(10)
-        self.socket.connect("\0" + server.address[1:])
-        self.frames = Frames(reply_decoder)
-        self.replies: deque[messages.AnyReply] = deque()
-        if greets:
-            self.send(frame(Hello(0, messages.PROTOCOL, "raw")))
-            assert isinstance(self.receive(), messages.Welcome)
-
-    def send(self, data: bytes) -> None:
-        self.socket.sendall(data)
-
-    def receive(self) -> messages.AnyReply | None:
-        """The next answer; None where the connection was ended."""
-        while not self.replies:
-            try:
-                data = self.socket.recv(1 << 16)
-            except ConnectionError:
-                return None
-            if not data:
-                return None
-            self.replies += self.frames.feed(data)
-        return self.replies.popleft()
-
-    def survives(self, data: bytes, *, is_whole: bool = True) -> bool:
-        """Whether the connection is still there after this; if so, it answers."""
-        try:
-            self.send(data + frame(messages.Ping(-5)) if is_whole else data)
-            reply = self.receive() if is_whole else None
-            while reply is not None and reply.request != -5:
-                reply = self.receive()
-        except ConnectionError:
-            return False
-        return reply is not None
-
-    def attach(self, num_bytes: int = 1 << 16) -> Arena:
-        arena = Arena.create(num_bytes, 0)
-        _open.append(arena)
-        socket.send_fds(self.socket, [frame(Attach(1))], [arena.fd])
-        reply = self.receive()
-        assert isinstance(reply, messages.Done)
-        arena.number = reply.value
-        return arena
-
-    def close(self) -> None:
-        self.socket.close()
+    close_all()
 
 
 @pytest.mark.parametrize(

@@ -71,8 +71,8 @@ class Bench:
         lease = self.control.leases.open(self.session, task, self.leases)
         given: list[Taken] = []
         self.control.leases.take(self.session, lease, given.append, max_groups=num_rows)
-        assert len(given[0].rows) == num_rows
-        return lease, given[0].rows
+        assert len(given[0].tickets) == num_rows
+        return lease, self.control.rows_of(given[0].tickets)
 
     def write(self, rows: Rows) -> None:
         drafts, num_bytes, _ = lay_out({"late": np.zeros(len(rows), np.uint8)})
