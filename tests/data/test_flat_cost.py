@@ -148,7 +148,13 @@ def middle(values: Sequence[int]) -> int:
 @pytest.mark.parametrize("is_late", [False, True])
 def test_8_the_cost_of_an_operation_is_flat_to_a_million_rows(monkeypatch: pytest.MonkeyPatch, is_late: bool) -> None:
     """With the batches acknowledged out of order, and with a column written afterwards."""
-    counting = SimpleNamespace(full=lambda *args: np.full(*args).view(Counted), int64=np.int64, bool_=np.bool_)
+    counting = SimpleNamespace(
+        full=lambda *args: np.full(*args).view(Counted),
+        frombuffer=lambda *args: np.frombuffer(*args).view(Counted),
+        uint8=np.uint8,
+        int64=np.int64,
+        bool_=np.bool_,
+    )
     monkeypatch.setattr(window, "np", counting)
     few, many = costs_at(FEW, is_late=is_late), costs_at(MANY, is_late=is_late)
     assert sum(elements for costs in few.values() for _, elements in costs) > 1000  # something was counted
