@@ -15,9 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asyncflow.cli.main import main
-from asyncflow.core.config import RunConfig
+from asyncflow.core.config import RolloutConfig, RunConfig, TrainConfig
 from asyncflow.core.errors import ConfigError, FailureBudgetError, RunFolderError
 from asyncflow.core.world import RealDisk, World
+from asyncflow.engines import cores
 from asyncflow.engines.models import build_character_model
 from asyncflow.observe.records import Metric, read_metrics, read_rollouts, read_spans
 from asyncflow.observe.run_folder import read_config
@@ -294,3 +295,18 @@ def test_zero_steps_leave_the_model_that_the_warm_up_made(tmp_path: Path) -> Non
     assert newest_checkpoint(summary.folder).name == "step-000000"
     assert [metric.kind for metric in read_metrics(summary.folder)] == [*["warmup"] * 4, "evaluation"]
     assert isinstance(read_config(summary.folder), RunConfig)
+
+
+@pytest.mark.parametrize(
+    ("settings", "threads"),
+    [({}, "4–8 threads"), ({"deterministic": True}, "1 thread"), ({"train": TrainConfig(threads=3)}, "3 threads")],
+)
+def test_a_plan_says_on_how_many_threads_the_trainer_computes(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, object], threads: str
+) -> None:
+    monkeypatch.setattr(cores, "num_cores", lambda: 8)
+    config = RunConfig(rollout=RolloutConfig(device="cpu")).model_copy(update=settings)
+    facts = dict(
+        runner.run_facts(config.model_copy(update={"train": config.train.model_copy(update={"device": "cpu"})}))
+    )
+    assert facts["training"] == threads
