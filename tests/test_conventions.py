@@ -43,10 +43,10 @@ FILE_WRITERS = {"write_text", "write_bytes", "touch", "unlink", "rename", "rmdir
 MAY_TOUCH_THE_WORLD = {
     "asyncflow/core/world.py": "it is the world",
     "asyncflow/data/arena.py": "stamps begin at a drawn number, which no data looks like",
+    "asyncflow/data/client_memory.py": "a client waits for room, in a process outside the event loop and simulation",
     "asyncflow/data/connection.py": "a client blocks, in a process outside the event loop and simulation",
     "asyncflow/data/log_reader.py": "compaction replaces the log's segments whole",
     "asyncflow/data/log_segments.py": "the log's thread writes, and opening it cuts what a crash left",
-    "asyncflow/data/queue.py": "a client blocks, in a process outside the event loop and simulation",
     "asyncflow/data/restore.py": "the generation of a queue without a log is drawn, so that no two have the same",
     "asyncflow/data/serve.py": "it is a process of its own, outside simulation",
     "asyncflow/data/server.py": "it owns the sockets to other processes, which no simulation has",

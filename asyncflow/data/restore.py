@@ -41,6 +41,7 @@ def restore(history: History, log: Log, *, restored_step: int = 0, wall_clock: s
     In a queue without a gate nobody issues tickets again: those that were never put are dropped.
     """
     ledger = history.ledger
+    ledger.last_step = max(history.last_step, restored_step)
     blocks = pending_blocks(history)
     pending = ledger.pending()
     first = min([block.first for block in blocks] + pending.tolist(), default=ledger.num_admitted)
