@@ -341,12 +341,6 @@ class ControlPlane:
         """Blocks whose memory is in use."""
         return len(self.directory)
 
-    @property
-    def is_stuck(self) -> bool:
-        """Whether no space can come back unless somebody new comes: nothing is leased, and every task waits in vain."""
-        is_leased = any(lease.parts for session in self._sessions for lease in session.leases.values())
-        return not is_leased and self.leases.all_wait()
-
     def waiting_for(self) -> str:
         """Who has not acknowledged what, for messages."""
         return waiting_for(self.ledger, self._sessions)

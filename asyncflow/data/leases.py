@@ -185,10 +185,6 @@ class Leases:
             if lease.parts:
                 self.end(session, lease)
 
-    def all_wait(self) -> bool:
-        """Whether every task has a consumer that waits in vain."""
-        return all(self._takes.values())
-
     def _find(self, session: Session, number: int) -> Lease:
         if number in session.expired:
             self.end(session, session.expired[number])

@@ -141,7 +141,7 @@ class _Calls(Generic[TensorT]):
         meter.record("step", record)
         self._tell(self._health.check(record), step)
         if is_saved(self._config, step):
-            await save(self._setup, queue)
+            await save_whole(self._config, self._setup, queue)
 
     def _tell(self, messages: Iterable[str], step: int) -> None:
         for message in messages:
