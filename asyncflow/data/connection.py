@@ -68,7 +68,7 @@ class Connection:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._socket.connect(f"\0{address[1:]}" if address.startswith("@") else address)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(PATIENCE_S), 0))
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _time_value(PATIENCE_S))
             self.welcome = self.ask(Hello(self.next(), PROTOCOL, name), Welcome)
         except OSError as error:
             self._socket.close()
@@ -243,6 +243,12 @@ class Connection:
             f"the transfer queue at {self.address} has ended{reason}. What was put and not taken is in its log, where "
             "it has one"
         )
+
+
+def _time_value(seconds: float) -> bytes:
+    """A `struct timeval`."""
+    whole = int(seconds)
+    return struct.pack("ll", whole, int(1e6 * (seconds - whole)))
 
 
 def _nothing() -> None:
