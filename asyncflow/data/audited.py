@@ -10,7 +10,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from asyncflow.core.columns import LOSS_MASK, REWARD, TOKEN_IDS, VERSIONS
+from asyncflow.core.columns import LOSS_MASK, REWARD, VERSIONS
 from asyncflow.core.types import NOT_SAMPLED, Ragged, Rows
 from asyncflow.data.layout import read
 from asyncflow.data.records import Produced
@@ -78,7 +78,6 @@ class AuditedGroup:
     prompt: str = ""
     prompt_tokens: int | None = None
     num_rows: int = 0
-    num_tokens: int = 0
     completion_tokens: float | None = None
     reward: float | None = None
     versions: VersionCounts | None = None
@@ -111,8 +110,6 @@ class AuditedGroup:
         self.num_rows = record.group_size
         self._columns = columns
         self.is_versioned = VERSIONS in columns
-        spec = next((spec for spec in record.columns if spec.name == TOKEN_IDS), None)
-        self.num_tokens = spec.num_values // record.count if spec else 0
         if measures is not None:
             self.versions = measures.versions
             self.completion_tokens, self.reward = measures.completion_tokens, measures.reward
@@ -136,7 +133,7 @@ class AuditedGroup:
     def take_back(self) -> None:
         """It waits to be rolled out again: what was put for it is void."""
         self.times_reissued += 1
-        self.num_rows = self.num_tokens = 0
+        self.num_rows = 0
         self.completion_tokens = self.reward = None
         self.forget()
 
@@ -156,21 +153,18 @@ class Checked:
     """Staleness of the trained tokens, as far as the log still shows it.
 
     `by_age` counts tokens. The tokens of `bounded_groups` are gone, but these groups were admitted so late
-    that the bound holds for any token; for `unknown_groups` nothing is left to tell. `gone_tokens`
-    counts all tokens of both, prompts included.
+    that the bound holds for any token; for `unknown_groups` nothing is left to tell.
     """
 
     by_age: Counter[int] = field(default_factory=Counter)
     groups: int = 0
     bounded_groups: int = 0
     unknown_groups: int = 0
-    gone_tokens: int = 0
 
     def add(self, group: AuditedGroup, step: int, bound: int) -> list[str]:
         """Count the tokens of a group trained in the step that made version `step`; what breaks the bound."""
         if group.versions is None:
             if group.is_versioned:
-                self.gone_tokens += group.num_tokens
                 is_bounded = group.live_step >= 0 and step - 1 - group.live_step <= bound
                 self.bounded_groups += is_bounded
                 self.unknown_groups += not is_bounded

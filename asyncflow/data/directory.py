@@ -228,14 +228,6 @@ class Directory:
         """These groups are not needed any more, nor any before `oldest`; the blocks in which nothing is needed now."""
         window = self._tickets
         blocks = window["block"]
-        block = None if self._late else self.block_of(tickets)
-        if block is not None and len(tickets) == block.num_left:  # the whole block, as it came
-            number = int(blocks[block.first - window.base]) if block.first >= window.base else NOWHERE
-            if number != NOWHERE and tickets[0] == block.first:
-                blocks[places(tickets, window.base)] = NOWHERE
-                del self._blocks[number]
-                self._forget(oldest)
-                return [block.extent]
         if not isinstance(tickets, range) or tickets.start < window.base or tickets.stop > window.end:
             tickets = as_array(tickets)
             tickets = tickets[(tickets >= window.base) & (tickets < window.end)]

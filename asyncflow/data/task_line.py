@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from asyncflow.core.errors import LeaseLostError
 from asyncflow.data.ledger_types import Offer, QueueTask, State
-from asyncflow.data.tickets import TicketArray, Tickets, as_array, join, places, reach_before, some
+from asyncflow.data.tickets import TicketArray, Tickets, as_array, join, places, some
 
 INCOMPLETE, READY, LEASED, DONE = map(int, Offer)
 DROPPED = int(State.DROPPED)
@@ -107,20 +107,11 @@ class TaskLine:
         while wanted:
             tickets = self._pop(wanted)
             here = places(tickets, base)
-            if isinstance(here, slice) and here.start >= 0 and raw[here].count(READY) == len(tickets):
-                raw[here] = bytes([LEASED]) * len(tickets)
-                parts.append(tickets)
-                wanted -= len(tickets)
-                self.num_ready -= len(tickets)
-                continue
-            if reach_before(tickets, base):  # dropped so long ago that they are forgotten
+            if not isinstance(here, slice) or here.start < 0 or raw[here].count(READY) != len(tickets):
                 tickets = as_array(tickets)
-                tickets = tickets[tickets >= base]
-            here = places(tickets, base)
-            is_ready = offers[here] == READY
-            if not is_ready.all():
-                tickets = as_array(tickets)[is_ready]
-                here = places(tickets, base)
+                tickets = tickets[tickets >= base]  # others were dropped so long ago that they are forgotten
+                tickets = tickets[offers[tickets - base] == READY]
+                here = tickets - base
             offers[here] = LEASED  # at once, for one issued again may stand in line twice
             parts.append(tickets)
             wanted -= len(tickets)
