@@ -38,19 +38,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from _data_plane_limits import copied_rows_per_s, disk_mb_per_s
 from _data_plane_run import Result
 from _data_plane_work import Job, make_rows, num_bytes
-from report import Row, print_table, write_json
+from report import Goal, Row, print_table, row, write_json
 
 OURS, PIPE, RAY, PEER = "asyncflow", "mp", "ray", "transferqueue"
 ARMS: Mapping[str, tuple[str, str]] = {
@@ -257,24 +256,6 @@ def ratio_rows(found: Found, names: Mapping[str, str]) -> Iterator[Row]:
         yield row(name, ratios, "ratio", Goal(">=", 100.0))
 
 
-@dataclass(frozen=True, slots=True)
-class Goal:
-    """A figure to reach."""
-
-    relation: str
-    value: float
-
-    def is_met(self, value: float) -> bool:
-        """Whether a figure reaches it."""
-        relations: dict[str, Callable[[float, float], bool]] = {
-            ">": float.__gt__,
-            ">=": float.__ge__,
-            "<": float.__lt__,
-            "<=": float.__le__,
-        }
-        return relations[self.relation](float(value), self.value)
-
-
 GOALS = {(OURS, "S", "rows_per_s"): Goal(">=", 10_000.0), (OURS, "W", "wake_p50_ms"): Goal("<", 1.0)}
 RATIOS = (
     ("M", PEER, "rows_per_s", Goal(">=", 50.0)),
@@ -290,20 +271,6 @@ RATIOS = (
     ("D", PEER, "gb_per_s_read", None),
     ("D", RAY, "gb_per_s", None),
 )
-
-
-def row(name: str, values: Iterable[float], unit: str, goal: Goal | None = None) -> Row:
-    """Median and range."""
-    seen = list(values)
-    median = statistics.median(seen)
-    return Row(
-        name=name,
-        value=median,
-        unit=unit,
-        spread=f"{min(seen):.3g} to {max(seen):.3g}" if len(seen) > 1 else "",
-        goal=f"{goal.relation} {goal.value:g}" if goal else "",
-        met=goal.is_met(median) if goal else None,
-    )
 
 
 # -- asyncflow alone ---------------------------------------------------------------------------

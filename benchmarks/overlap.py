@@ -52,13 +52,13 @@ import asyncio
 import os
 import statistics
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from report import Row, print_table, write_json
+from report import Goal, Row, print_table, row, write_json
 
 from asyncflow.cli.main import ENVIRONMENT
 from asyncflow.core.config import CheckpointConfig, EvaluateConfig, RolloutConfig, RunConfig, TrainConfig
@@ -69,6 +69,7 @@ from asyncflow.recipes import quickstart
 if TYPE_CHECKING:
     from _overlap_blocks import Bench, Block
 
+LAW_GOAL = Goal(">=", 0.9)
 BOUNDS = (0, 1, 2)
 GROUPS, SIBLINGS = 32, 8
 
@@ -181,7 +182,7 @@ async def run_rounds(bench: Bench, rounds: int, measured: int, *, wait_s: float)
     return blocks
 
 
-def block_rows(label: str, rounds: Rounds, ratio_goal: float | None) -> Iterator[Row]:
+def block_rows(label: str, rounds: Rounds, ratio_goal: Goal | None) -> Iterator[Row]:
     """What both (a) and (b) report."""
     for bound in BOUNDS:
         blocks = [one[bound] for one in rounds]
@@ -202,13 +203,13 @@ def law_rows(label: str, rounds: Rounds) -> Iterator[Row]:
         yield row(f"{name}: slowest trajectory", (block.longest_s for block in blocks), "s/step")
         yield row(f"{name}: two-role law on means allows", (1 / law_step_s(block, bound) for block in blocks), "1/s")
         reached = (law_step_s(block, bound) / block.step_s for block in blocks)
-        yield row(f"{name}: throughput to the law on means", reached, "ratio", 0.9)
+        yield row(f"{name}: throughput to the law on means", reached, "ratio", LAW_GOAL)
         least_s = [course_s(block.course_longest_s, block.course_train_s, bound) for block in blocks]
         steps = len(blocks[0].course_train_s)
         yield row(f"{name}: from the start", (steps / block.elapsed_s for block in blocks), "1/s")
         yield row(f"{name}: two-role law allows from the start", (steps / seconds for seconds in least_s), "1/s")
         ratios = (seconds / block.elapsed_s for seconds, block in zip(least_s, blocks, strict=True))
-        yield row(f"{name}: throughput to the two-role law", ratios, "ratio", 0.9)
+        yield row(f"{name}: throughput to the two-role law", ratios, "ratio", LAW_GOAL)
         alone = (course_s(one.course_waits_s, one.course_train_s, bound) / one.elapsed_s for one in blocks)
         yield row(f"{name}: the same, if sampling took no time", alone, "ratio")
 
@@ -301,24 +302,10 @@ def simulated_rows(scale: Scale) -> Iterator[Row]:
     """Throughput of every shape."""
     for shape in SHAPES:
         ratios = (simulated_ratio(shape, scale.simulated_steps, seed) for seed in range(scale.simulated_seeds))
-        yield row(f"{shape.name}: throughput to limit", ratios, "ratio", 0.95 if shape.bound >= 2 else None)
+        yield row(f"{shape.name}: throughput to limit", ratios, "ratio", Goal(">=", 0.95) if shape.bound >= 2 else None)
 
 
 # -- the table -------------------------------------------------------------------------------
-
-
-def row(name: str, values: Iterable[float], unit: str, goal: float | None = None) -> Row:
-    """Median and range; the goal is a least value."""
-    seen = list(values)
-    median = statistics.median(seen)
-    return Row(
-        name=name,
-        value=median,
-        unit=unit,
-        spread=f"{min(seen):.3g} to {max(seen):.3g}" if len(seen) > 1 else "",
-        goal=f">= {goal:g}" if goal else "",
-        met=median >= goal if goal else None,
-    )
 
 
 def main() -> None:
@@ -330,7 +317,7 @@ def main() -> None:
         os.environ.setdefault(name, value)
     scale = QUICK if options.quick else FULL
     pure, waiting = asyncio.run(measure(scale))
-    rows = [*block_rows("(a) computation", pure, 0.97), *block_rows("(b) waiting", waiting, None)]
+    rows = [*block_rows("(a) computation", pure, Goal(">=", 0.97)), *block_rows("(b) waiting", waiting, None)]
     rows += [*law_rows("(b) waiting", waiting), *perfect_rows(), *simulated_rows(scale)]
     print_table(rows)
     if options.json:

@@ -6,7 +6,7 @@ import json
 import math
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -30,6 +30,38 @@ class Row:
     spread: str = ""
     goal: str = ""
     met: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """A figure to reach."""
+
+    relation: str
+    value: float
+
+    def is_met(self, value: float) -> bool:
+        """Whether a figure reaches it."""
+        relations: dict[str, Callable[[float, float], bool]] = {
+            ">": float.__gt__,
+            ">=": float.__ge__,
+            "<": float.__lt__,
+            "<=": float.__le__,
+        }
+        return relations[self.relation](float(value), self.value)
+
+
+def row(name: str, values: Iterable[float], unit: str, goal: Goal | None = None) -> Row:
+    """Median and range."""
+    seen = list(values)
+    median = statistics.median(seen)
+    return Row(
+        name=name,
+        value=median,
+        unit=unit,
+        spread=f"{min(seen):.3g} to {max(seen):.3g}" if len(seen) > 1 else "",
+        goal=f"{goal.relation} {goal.value:g}" if goal else "",
+        met=goal.is_met(median) if goal else None,
+    )
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float]:
